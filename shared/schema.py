@@ -1,0 +1,177 @@
+"""What travels between trainer and services: frozen, versioned, checked at the door.
+
+Everything here is plain data. A number exists only where a model gave one: a failed item carries a `Problem`, never a value.
+"""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "parse_error", "refused", "timeout", "error"]
+Priority = Literal["interactive", "train", "bulk"]
+Encoding = Literal["rgb8", "qoi", "png", "webp", "jpeg"]
+
+PROMPT_BYTES = 8 * 1024
+MAX_ITEMS = 256
+
+
+class Frozen(BaseModel):
+    """Base of every message: unknown fields are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class Problem(Frozen):
+    """What went wrong, after RFC 9457; `type` is `urn:verism:...`, `retryable` says whether the same call may work later."""
+
+    type: str
+    title: str
+    status: int | None = None
+    detail: str | None = None
+    retryable: bool = False
+    retry_after_ms: int | None = None
+    limit: float | None = None
+    observed: float | None = None
+
+
+class RewardInfo(Frozen):
+    """What `GET /v1/rewards` says about one reward."""
+
+    name: str
+    mode: Literal["pointwise"] = "pointwise"
+    range: tuple[float, float] | None = Field(default=None, description="smallest and largest value, null when unbounded")
+    higher_is_better: bool = True
+    needs: list[Literal["prompt", "references"]] = []
+    version: int = 1
+    weights_sha256: str | None = None
+    preprocessing: str = "none"
+    licence: str = "Apache-2.0"
+    description: str = ""
+    min_side: int = Field(default=16, description="smallest side in pixels")
+    max_side: int | None = None
+
+
+class Score(Frozen):
+    """One reward's answer for one item. `value` exists only when `status` is ok, and is finite."""
+
+    status: Status
+    value: float | None = None
+    parts: dict[str, float] = {}
+    sigma: float | None = None
+    in_domain: bool | None = None
+    distribution: list[float] | None = None
+    text: str | None = None
+    cached: bool = False
+    error: Problem | None = None
+
+    @model_validator(mode="after")
+    def _value_iff_ok(self) -> Self:
+        ok = self.status == "ok"
+        if ok != (self.value is not None) or ok == (self.error is not None):
+            raise ValueError("a score has a value exactly when its status is ok, and an error otherwise")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError("a score is finite; use Score.ok, which makes an error of NaN and infinity")
+        return self
+
+    @classmethod
+    def ok(
+        cls,
+        value: float,
+        *,
+        parts: dict[str, float] | None = None,
+        sigma: float | None = None,
+        in_domain: bool | None = None,
+        text: str | None = None,
+    ) -> "Score":
+        """A scored item; a NaN or infinite value (or part) becomes an error of this item instead."""
+        numbers = [value, *(parts or {}).values()]
+        if not all(math.isfinite(number) for number in numbers):
+            return cls.failed("non-finite-score", "the model's answer is not a finite number for this item")
+        return cls(status="ok", value=float(value), parts=parts or {}, sigma=sigma, in_domain=in_domain, text=text)
+
+    @classmethod
+    def failed(
+        cls,
+        type: str,
+        title: str,
+        *,
+        retryable: bool = False,
+        status: Literal["parse_error", "refused", "timeout", "error"] = "error",
+    ) -> "Score":
+        """An item without a score; `type` is the last part of the urn, `title` says what to do."""
+        return cls(status=status, error=Problem(type=f"urn:verism:{type}", title=title, retryable=retryable))
+
+
+Side = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class ImageData(Frozen):
+    """An encoded picture. `rgb8` is height x width x 3 bytes, row by row; the others carry their own header too."""
+
+    encoding: Encoding
+    height: Side
+    width: Side
+    data: bytes
+
+
+class ScoreItem(Frozen):
+    """One picture to score."""
+
+    id: Annotated[str, Field(max_length=256)]
+    group: Annotated[str, Field(max_length=256)] | None = None
+    prompt: str | None = None
+    image: ImageData
+    references: list[ImageData] = []
+    meta: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _short_prompt(self) -> Self:
+        if self.prompt is not None and len(self.prompt.encode()) > PROMPT_BYTES:
+            raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+        return self
+
+
+class ScoreRequest(Frozen):
+    """Body of `POST /score`; `rewards: null` means the service's default."""
+
+    request_id: Annotated[str, Field(max_length=256)]
+    rewards: list[str] | None = None
+    priority: Priority = "interactive"
+    deadline_ms: Annotated[int, Field(gt=0)] | None = None
+    require_version: dict[str, int] | None = None
+    items: Annotated[list[ScoreItem], Field(min_length=1, max_length=MAX_ITEMS)]
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> Self:
+        ids = [item.id for item in self.items]
+        if len(set(ids)) != len(ids):
+            raise ValueError("item ids repeat; give each item its own id")
+        return self
+
+
+class RewardUsed(Frozen):
+    """Which weights gave the scores of one answer."""
+
+    version: int
+    weights_sha256: str | None = None
+    preprocessing: str
+
+
+class ItemAnswer(Frozen):
+    """Scores of one item by reward name."""
+
+    id: str
+    scores: dict[str, Score]
+    lossy: bool = False
+
+
+class ScoreAnswer(Frozen):
+    """Answer of `POST /score`: one entry per item, in the request's order."""
+
+    request_id: str
+    rewards: dict[str, RewardUsed]
+    items: list[ItemAnswer]
+    timing_ms: dict[str, float] = {}

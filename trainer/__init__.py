@@ -1,0 +1,1 @@
+"""GRPO on whatever can be sampled and has log-probabilities."""

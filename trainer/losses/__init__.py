@@ -1,0 +1,1 @@
+"""One pure function per loss: tensors in, tensors out."""

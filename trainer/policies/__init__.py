@@ -1,0 +1,1 @@
+"""Image policies: encode, velocity, decode."""

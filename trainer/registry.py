@@ -1,0 +1,23 @@
+"""What a recipe can name: one line each, loaded when asked for."""
+
+import difflib
+import importlib
+from typing import Any
+
+REGISTRY: dict[str, dict[str, str]] = {
+    "policy": {"sd3": "trainer.policies.sd3:SD3Policy"},
+    "loss": {"grpo": "trainer.losses.grpo:grpo", "guard": "trainer.losses.guard:guard"},
+    "regularizer": {"v_kl": "trainer.regularizers.kl:v_kl", "x_kl": "trainer.regularizers.kl:x_kl"},
+    "advantages": {"group_relative": "trainer.advantages.group_relative:group_relative"},
+}
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The class or function behind a name; ValueError lists the known names and the nearest."""
+    known = REGISTRY[kind]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(sorted(known))}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

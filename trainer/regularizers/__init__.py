@@ -1,0 +1,1 @@
+"""Keeping the policy near where it started."""

@@ -1,0 +1,1 @@
+"""One recipe per shipped file; `python -m world.make` runs them all."""
