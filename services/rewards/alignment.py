@@ -47,7 +47,7 @@ class Alignment:
     def __init__(self, name: str, source: str, revision: str | None, licence: str, sha256: str | None, device: str) -> None:
         common = {"revision": revision} if revision else {}
         self.device = torch.device(device)
-        self.model = CLIPModel.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True, **common)
+        self.model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **common)
         self.model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(source, **common)
         processor = CLIPImageProcessor.from_pretrained(source, **common)

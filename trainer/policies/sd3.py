@@ -108,7 +108,7 @@ class SD3Policy:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             chosen.path,
             revision=chosen.revision,
-            torch_dtype=getattr(torch, chosen.dtype),
+            dtype=getattr(torch, chosen.dtype),
             use_safetensors=True,
             local_files_only=local,
             **leave_out,

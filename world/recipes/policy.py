@@ -194,7 +194,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
 
 def load(folder: Path = FOLDER) -> StableDiffusion3Pipeline:
     """The pipeline in float32, ready to sample."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

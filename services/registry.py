@@ -1,0 +1,27 @@
+"""What a configuration can serve: one line each, loaded when asked for."""
+
+import difflib
+import importlib
+from typing import Any
+
+REWARDS: dict[str, str] = {
+    "realism": "services.rewards.realism:Realism",
+    "detector": "services.rewards.detector:Detector",
+    "alignment": "services.rewards.alignment:Alignment",
+    "jpeg_size": "services.rewards.jpeg_size:JpegSize",
+    "ocr": "services.rewards.ocr:Ocr",
+}
+
+
+def resolve(name: str) -> Any:
+    """The class behind `use: NAME`, or behind `use: my.module:MyReward` for a reward of your own."""
+    target = REWARDS.get(name, name if ":" in name else "")
+    if not target:
+        near = difflib.get_close_matches(name, REWARDS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown reward {name!r}; {hint}known: {', '.join(sorted(REWARDS))} (or module:Class)")
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load reward {target!r}: {error}") from error

@@ -1,0 +1,177 @@
+"""JSON, multipart or msgpack: three spellings of one request.
+
+JSON and msgpack are the schema itself (JSON with base64 `data`); multipart is for curl and browsers: files named `image`, and
+the fields `prompt`, `rewards`, `request_id`, `priority`, `deadline_ms`.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pybase64
+from pydantic import ValidationError
+
+from shared.errors import BadImage, BadRequest, Invalid, UnsupportedMedia
+from shared.image import from_file
+from shared.schema import ImageData, Problem, ScoreAnswer, ScoreItem, ScoreRequest
+
+JSON, MSGPACK, MULTIPART = "application/json", "application/msgpack", "multipart/form-data"
+_PACK = msgspec.msgpack.Encoder()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a form: a field (`filename` None) or a file."""
+
+    name: str
+    filename: str | None
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A valid request, and the items that are already known to be broken (by index), such as an uploaded file that is no picture."""
+
+    request: ScoreRequest
+    broken: dict[int, Problem]
+
+
+def media_type(header: str | None) -> str:
+    """The bare type of a Content-Type header; UnsupportedMedia unless it is one of the three."""
+    bare = (header or "").split(";")[0].strip().lower()
+    bare = {"application/x-msgpack": MSGPACK, "application/vnd.msgpack": MSGPACK}.get(bare, bare)
+    if bare not in (JSON, MSGPACK, MULTIPART):
+        extra = "; pickles are never read: anyone who sends one could run code here" if "pickle" in bare or "octet" in bare else ""
+        raise UnsupportedMedia(f"send {JSON}, {MULTIPART} or {MSGPACK}, not {bare or 'an unnamed type'}{extra}")
+    return bare
+
+
+def _checked(raw: Any) -> ScoreRequest:
+    if isinstance(raw, dict):
+        raw.setdefault("request_id", uuid.uuid4().hex)
+    try:
+        return ScoreRequest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = ""
+        for step in first["loc"]:
+            path += f"[{step}]" if isinstance(step, int) else (f".{step}" if path else str(step))
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise Invalid(f"{path or 'request'}: {first['msg']}{more}") from error
+
+
+def _decode_base64(image: Any, path: str) -> None:
+    if isinstance(image, dict) and isinstance(image.get("data"), str):
+        try:
+            image["data"] = pybase64.b64decode(image["data"], validate=True)
+        except ValueError as error:
+            raise Invalid(f"{path}.data: not base64") from error
+
+
+def parse_json(body: bytes) -> Parsed:
+    """BadRequest when it is no JSON, Invalid when it is not a request."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest("the body is not JSON") from error
+    if isinstance(raw, dict) and isinstance(raw.get("items"), list):
+        for index, item in enumerate(raw["items"]):
+            if isinstance(item, dict):
+                item.setdefault("id", str(index))
+                _decode_base64(item.get("image"), f"items[{index}].image")
+                references = item.get("references")
+                for number, reference in enumerate(references if isinstance(references, list) else []):
+                    _decode_base64(reference, f"items[{index}].references[{number}]")
+    return Parsed(_checked(raw), {})
+
+
+def parse_msgpack(body: bytes) -> Parsed:
+    """BadRequest when it is no msgpack (a pickle is told so), Invalid when it is not a request."""
+    if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
+    try:
+        raw = msgspec.msgpack.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise BadRequest("the body is not msgpack") from error
+    return Parsed(_checked(raw), {})
+
+
+def parse_form(parts: Sequence[Part]) -> Parsed:
+    """A form: any number of files `image`, one `prompt` for all or one each, and the options. Invalid for an unknown field."""
+    known = {"image", "prompt", "rewards", "request_id", "priority", "deadline_ms"}
+    unknown = sorted({part.name for part in parts} - known)
+    if unknown:
+        raise Invalid(f"unknown form field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+    def texts(name: str) -> list[str]:
+        return [part.data.decode("utf-8", errors="replace") for part in parts if part.name == name]
+
+    files, prompts = [part for part in parts if part.name == "image"], texts("prompt")
+    if len(prompts) not in (0, 1, len(files)):
+        raise Invalid(f"prompt: give none, one for all pictures, or one each: {len(prompts)} for {len(files)} pictures")
+    broken: dict[int, Problem] = {}
+    items = []
+    for index, part in enumerate(files):
+        try:
+            image = from_file(part.data)
+        except BadImage as error:
+            broken[index] = error.problem()
+            image = ImageData(encoding="rgb8", height=1, width=1, data=b"")
+        prompt = prompts[index] if len(prompts) > 1 else (prompts[0] if prompts else None)
+        items.append({"id": f"{index}:{(part.filename or 'image')[:200]}", "image": image, "prompt": prompt})
+    raw: dict[str, Any] = {"items": items}
+    for name in ("request_id", "priority", "deadline_ms"):
+        if given := texts(name):
+            raw[name] = given[0]
+    if rewards := texts("rewards"):
+        raw["rewards"] = [name.strip() for text in rewards for name in text.split(",") if name.strip()]
+    return Parsed(_checked(raw), broken)
+
+
+def pack_request(request: ScoreRequest) -> bytes:
+    """A request as msgpack, without copying pixels through pydantic."""
+    return _PACK.encode(_plain(request))
+
+
+def json_request(request: ScoreRequest) -> bytes:
+    """A request as JSON with base64 data."""
+    return msgspec.json.encode(_plain(request))
+
+
+def _image(image: ImageData) -> dict[str, Any]:
+    return {"encoding": image.encoding, "height": image.height, "width": image.width, "data": image.data}
+
+
+def _item(item: ScoreItem) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "group": item.group,
+        "prompt": item.prompt,
+        "image": _image(item.image),
+        "references": [_image(reference) for reference in item.references],
+        "meta": item.meta,
+    }
+
+
+def _plain(request: ScoreRequest) -> dict[str, Any]:
+    return {
+        "request_id": request.request_id,
+        "rewards": request.rewards,
+        "priority": request.priority,
+        "deadline_ms": request.deadline_ms,
+        "require_version": request.require_version,
+        "items": [_item(item) for item in request.items],
+    }
+
+
+def render_answer(answer: ScoreAnswer, kind: str) -> bytes:
+    """The answer as JSON, or as msgpack for who asked in msgpack."""
+    plain = answer.model_dump(mode="python")
+    return _PACK.encode(plain) if kind == MSGPACK else msgspec.json.encode(plain)
+
+
+def parse_answer(body: bytes, kind: str) -> ScoreAnswer:
+    """The client's side of `render_answer`."""
+    return ScoreAnswer.model_validate(msgspec.msgpack.decode(body) if kind == MSGPACK else msgspec.json.decode(body))
