@@ -1,0 +1,47 @@
+# Verism: `make` lists the verbs. Each makes the environment it needs; the second time that takes no time.
+SHELL := /bin/bash
+VENV ?= $(or $(VERISM_VENV),.venv)
+BIN := $(VENV)/bin
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check serve bench world images lock setup clean
+
+help: ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: ## the environment alone
+	@scripts/setup.sh services trainer dev
+
+demo: setup ## the whole system on real photographs: services, a training run, a report
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+test: setup ## the tests; ARGS="-k name" narrows
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: setup ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+serve: setup ## the small world's rewards on port 8000; CONFIG=file serves others
+	@$(BIN)/verism-serve $(or $(CONFIG),examples/serve/world.yaml) $(ARGS)
+
+bench: setup ## images per second over HTTP against a plain loop
+	@$(BIN)/python -m bench $(ARGS)
+
+world: setup ## make the small world's weights anew
+	@$(BIN)/python -m world.make $(ARGS)
+
+images: ## build both container images and try them, with or without a Docker engine
+	@scripts/images.sh
+
+lock: setup ## write constraints.txt from the environment
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \
+	  | grep -viE '^(torch|torchvision|triton|nvidia-.*|cuda-.*|pip|verism)( @|==)'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## caches and build artefacts; not the environment, not the runs
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
