@@ -1,12 +1,13 @@
 """Let a CPU build of torch live with the package index's torchvision, which is compiled for CUDA.
 
-That torchvision cannot load its extension beside a CPU torch, and then its import fails with "operator torchvision::nms does
-not exist", which takes timm and transformers down with it. Declaring the two schemas that it registers shapes for is enough:
-nothing in Verism calls the operators.
+That torchvision cannot load its extension beside a CPU torch, and then its import fails with "operator
+torchvision::nms does not exist", which takes timm and transformers down with it. Declaring the two schemas
+that it registers shapes for is enough: nothing in Verism calls the operators.
 
-This is the one place where that is mended. `scripts/setup.sh` writes `verism_torchvision.pth` into the environment, so every
-Python process started from it, children included, runs `install()`. It costs a finder on the meta path and nothing else:
-torch is imported only when torchvision is. Where torchvision's extension loads, nothing is declared.
+This is the one place where that is mended. `scripts/setup.sh` writes `verism_torchvision.pth` into the
+environment, so every Python process started from it, children included, runs `install()`. It costs a finder
+on the meta path and nothing else: torch is imported only when torchvision is looked for. Where torchvision's
+extension loads, nothing is declared.
 """
 
 import importlib.abc
@@ -43,7 +44,7 @@ def declare() -> None:
     if not _kept:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(name + SCHEMA)
+            library.define(name + SCHEMA)  # type: ignore[no-untyped-call]
         _kept.append(library)
 
 
@@ -57,9 +58,10 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.origin is not None and importlib.util.find_spec("torch") is not None:
-            if not extension_loads(Path(spec.origin).parent):
-                declare()
+        if spec is None or spec.origin is None or importlib.util.find_spec("torch") is None:
+            return spec
+        if not extension_loads(Path(spec.origin).parent):
+            declare()
         return spec
 
 
