@@ -1,0 +1,235 @@
+"""A run's configuration: a recipe, then `key=value` on top, checked before anything starts.
+
+    verism-train world rewards.detector.url=http://localhost:8001 steps=40
+
+Everything is frozen once the run starts and is written to the run's folder. A key that nothing reads is an error.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyConfig(BaseModel):
+    """`use` names a registered policy; every other key is an option of that policy, checked in its own file."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    use: str
+    path: str
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class PromptsConfig(Frozen):
+    """JSONL files with a `prompt` per line (and `class`, for the class hit)."""
+
+    train: Path
+    eval: Path
+
+
+class SamplingConfig(Frozen):
+    """How pictures are drawn. `window` steps inside [first, last) are stochastic and trained."""
+
+    steps: int = Field(default=10, ge=2)
+    window: int = Field(default=3, ge=1)
+    window_first: int = Field(default=0, ge=0)
+    window_last: int = Field(default=5, ge=1)
+    kind: Literal["sde", "dance", "cps"] = "sde"
+    noise_level: float = Field(default=0.7, gt=0)
+    same_noise: bool = Field(default=False, description="members of a group start from one noise and differ by the window alone")
+    guidance: float = Field(default=1.0, ge=0)
+    height: int = Field(default=512, ge=8)
+    width: int = Field(default=512, ge=8)
+    micro_batch: int = Field(default=16, ge=1, description="pictures per forward pass, in sampling and in training alike")
+
+
+class GroupConfig(Frozen):
+    """`prompts` groups of `size` pictures make a step."""
+
+    prompts: int = Field(default=8, ge=1)
+    size: int = Field(default=8, ge=2)
+    allow_small: bool = Field(default=False, description="train with groups of fewer than 4, whose z-scores are mostly noise")
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> "GroupConfig":
+        if self.size < 4 and not self.allow_small:
+            raise ValueError("group.size below 4 gives z-scores that are mostly noise; raise it or set group.allow_small=true")
+        return self
+
+
+class RewardConfig(Frozen):
+    """One reward service. `part` trains on a named part of the score (a detector's `logit`, which does not saturate)."""
+
+    url: str | list[str]
+    weight: float = Field(default=1.0, ge=0)
+    part: str | None = None
+
+
+class AdvantageConfig(Frozen):
+    combine: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
+    std: Literal["group", "global"] = "group"
+    eps: float = Field(default=1e-4, gt=0)
+    clip: float = Field(default=5.0, gt=0)
+    min_valid: int = Field(default=2, ge=2)
+
+
+class LossConfig(Frozen):
+    """A clip range belongs to a (kind of step, loss) pair: log-probabilities are means over dimensions."""
+
+    use: Literal["grpo", "guard"] = "grpo"
+    clip_low: float = Field(default=1e-3, gt=0)
+    clip_high: float = Field(default=1e-3, gt=0)
+
+
+class KLConfig(Frozen):
+    use: Literal["v_kl", "x_kl"] = "v_kl"
+    weight: float = Field(default=0.0, ge=0)
+
+
+class OptimConfig(Frozen):
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    updates: int = Field(default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter")
+
+
+class EMAConfig(Frozen):
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    every: int = Field(default=1, ge=1)
+
+
+class EvalConfig(Frozen):
+    every: int = Field(default=10, ge=1)
+    samples: int = Field(default=200, ge=2)
+    steps: int = Field(default=10, ge=2)
+    guidance: float = Field(default=1.0, ge=0)
+    monitors: Path | None = Field(default=None, description="folder of held-out detectors and features; null for none")
+    grid: int = Field(default=40, ge=1)
+    seed: int = 1234
+
+
+class AlarmConfig(Frozen):
+    """When the trained reward rises while what was never a reward gets worse."""
+
+    action: Literal["stop", "warn", "off"] = "stop"
+    patience: int = Field(default=2, ge=1, description="evaluations in a row that look like reward hacking")
+    distance_factor: float = Field(default=1.05, ge=1, description="distance above this multiple of the best so far counts as worse")
+    class_hit_drop: float = Field(default=0.05, ge=0)
+
+
+class RunConfig(Frozen):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    seed: int = 0
+    steps: int = Field(default=60, ge=1)
+    device: str = "auto"
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    group: GroupConfig = GroupConfig()
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    reward_timeout_s: float = Field(default=120.0, gt=0)
+    max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
+    advantages: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    kl: KLConfig = KLConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    eval: EvalConfig = EvalConfig()
+    alarm: AlarmConfig = AlarmConfig()
+    checkpoint_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        s = self.sampling
+        if s.window_last > s.steps - 1:
+            raise ValueError(f"sampling.window_last is {s.window_last}, but the last of {s.steps} steps is never trained: {s.steps - 1} at most")
+        if s.window > s.window_last - s.window_first:
+            raise ValueError("sampling.window is longer than [window_first, window_last)")
+        if sum(r.weight for r in self.rewards.values()) <= 0:
+            raise ValueError("all reward weights are 0: nothing would be trained")
+        if self.loss.use == "guard" and s.kind != "sde":
+            raise ValueError("loss.use=guard is defined for sampling.kind=sde only")
+        return self
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by name or path with `a.b=value` on top; ValueError names the wrong key and the nearest right one."""
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(recipe, recipe_names(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no recipe {recipe!r}; {hint}known: {', '.join(recipe_names())}, or the path of a YAML file")
+    raw = yaml.safe_load(path.read_text())
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a recipe: it should be a mapping of keys")
+    for override in overrides:
+        _apply(raw, override)
+    return validate(raw, str(path))
+
+
+def validate(raw: dict[str, Any], source: str) -> RunConfig:
+    """RunConfig, or a ValueError in words."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] != "extra_forbidden":
+            raise ValueError(f"{source}: {where}: {first['msg']}".replace(": : ", ": ")) from error
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?" if near else f"known there: {', '.join(known)}"
+        raise ValueError(f"{source}: unknown key {where!r}; {hint}") from error
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if model is RewardConfig or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        model = RewardConfig if part == "rewards" else annotation
+        if part == "rewards":
+            break
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001")
+    *path, last = key.split(".")
+    target = raw
+    for part in path:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"{key}: {part!r} is a value, not a section")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}: {text!r} cannot be read: {error}") from error
+
+
+def dump(config: RunConfig) -> str:
+    """YAML that `load` reads back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
