@@ -31,7 +31,7 @@ def extension_loads(folder: Path) -> bool:
     if not files:
         return False
     try:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(files[0]))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError):
         return False
     return hasattr(torch.ops.torchvision, "nms")
@@ -42,7 +42,7 @@ def declare() -> None:
     import torch
 
     if not _kept:
-        library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
             library.define(name + SCHEMA)  # type: ignore[no-untyped-call]
         _kept.append(library)
