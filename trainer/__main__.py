@@ -1,0 +1,262 @@
+"""`verism-train RECIPE key=value ...` trains a policy; `verism-eval RUN` looks at what came out."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trainer import checkpoint
+from trainer.config import ConfigError, RunConfig, load, recipe_names
+
+TRAIN_HELP = """\
+start the services first (`make serve`), then:
+  verism-train world                                        the small world, minutes on a CPU
+  verism-train world steps=40 optim.lr=1e-4                 any key of the recipe, dotted
+  verism-train world rewards.detector.url=http://gpu3:8001  a service somewhere else
+  verism-train world --resume                               go on after Ctrl-C, a crash or an alarm
+  verism-train my.yaml --dry-run                            check everything, print the configuration, train nothing
+
+The run folder (runs/NAME) holds config.yaml, metrics.jsonl, grids/, checkpoints/, adapter/ (diffusers LoRA) and tb/
+(`tensorboard --logdir runs`). Ctrl-C finishes the step, saves and exits; twice exits at once.
+"""
+EVAL_HELP = """\
+  verism-eval runs/world                  the run's best checkpoint
+  verism-eval runs/world --step 20        another one
+  verism-eval world/policy                a policy that no run has touched, by recipe `world`
+  verism-eval runs/world eval.prompts=32  any key of the configuration, dotted
+
+Prints rewards and, where eval.monitors names them, what was never a reward: held-out detectors, distance, class hit.
+Writes evaluations/NAME.json and .png into the run folder (for a policy: into --out).
+"""
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`verism-train`; exit status 0 done, 1 stopped for want of scores, 2 cannot start, 130 interrupted and saved."""
+    parser = _parser("verism-train", "Train an image policy by GRPO against reward services.", TRAIN_HELP)
+    parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the configuration and stop")
+    args = parser.parse_args(argv)
+    console = Console()
+    return _guarded(console, lambda: _train(args, console))
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """`verism-eval`; exit status 0 done, 2 cannot."""
+    parser = _parser("verism-eval", "Evaluate a run's checkpoint, or a policy.", EVAL_HELP)
+    parser.add_argument("what", type=Path, help="a run folder, or a policy in diffusers format")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the best")
+    parser.add_argument("--recipe", default="world", help="whose prompts, sampling and services judge a policy (default: world)")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation")
+    args = parser.parse_args(argv)
+    console = Console()
+    return _guarded(console, lambda: _evaluate(args, console))
+
+
+def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _guarded(console: Console, work: Callable[[], int]) -> int:
+    """Known errors become their message; all else is a bug and keeps its traceback."""
+    try:
+        return work()
+    except (ConfigError, checkpoint.CheckpointError, FileNotFoundError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ not in ("NoService", "GaveUp"):
+            raise
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1 if type(error).__name__ == "GaveUp" else 2
+
+
+def _train(args: argparse.Namespace, console: Console) -> int:
+    config = load(args.recipe, args.overrides)
+    folder: Path = args.run_dir or Path("runs") / config.name
+    if (folder / "metrics.jsonl").exists() and not args.resume and not args.dry_run:
+        raise ConfigError(f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it")
+    if args.resume and not args.dry_run and (folder / "done.json").exists():
+        done = json.loads((folder / "done.json").read_text())
+        if done["reason"] == "finished" and checkpoint.steps(folder)[-1] >= config.steps:
+            console.print(f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True)
+            return 0
+    from trainer import loop  # torch loads only once the command line is right
+
+    loop.check_plugins(config)
+    if args.dry_run:
+        loop.read_prompts(config.prompts)
+        import yaml
+
+        console.print(yaml.safe_dump(config.dump(), sort_keys=False), markup=False, highlight=False, soft_wrap=True)
+        return 0
+    run = loop.Run(config, folder, resume=args.resume)
+    try:
+        console.print(f"{folder}: {'resumed after' if run.done else 'starting at'} step {run.done} of {config.steps}", soft_wrap=True)
+        with _Stop() as stop, _Screen(console, config, run.done) as screen:
+            screen.estimate(_estimate(run))
+            reason = loop.train(run, stop=stop, tell=screen)
+    finally:
+        run.close()
+    if reason == "interrupted":
+        console.print(f"saved in {folder}; go on with --resume", soft_wrap=True)
+        return 130
+    done = json.loads((folder / "done.json").read_text())
+    console.print(f"{reason}; best step {done['best_step']}; adapter in {folder / 'adapter'}", soft_wrap=True)
+    return 0
+
+
+def _estimate(run: Any) -> str:
+    """Cost of the whole run, from one timed group: sampled steps, and about three times as much per trained one."""
+    c, start = run.config, time.monotonic()
+    run.accept()
+    s, w = c.sampling, c.sampling.window.length
+    unit = (time.monotonic() - start) / (c.group.size * (s.steps + w))  # one forward pass of one picture
+    passes = s.steps + w * (4 if c.kl is not None else 3)
+    step = unit * passes * c.group.size * c.group.prompts_per_step
+    evaluation = unit * s.eval_steps * min(c.eval.prompts, len(run.prompts[1])) * (2 if s.eval_guidance > 1 else 1)
+    left = c.steps - run.done
+    seconds = step * left + evaluation * (left / c.eval.every + 1)
+    return (
+        f"estimate: {step:.1f} s a step, {evaluation:.1f} s an evaluation, {seconds / 60:.1f} min in all, waiting for rewards not included; "
+        f"{c.group.size * c.group.prompts_per_step * left * len(c.rewards)} scores"
+    )
+
+
+class _Stop:
+    """True once Ctrl-C (or SIGTERM) came; the second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __enter__(self) -> "_Stop":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Screen:
+    """Progress with ETA, a line per evaluation, a profile after the first step."""
+
+    def __init__(self, console: Console, config: RunConfig, done: int) -> None:
+        self.config, self.profiled = config, False
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.progress = Progress(*columns, console=console)
+        self.task = self.progress.add_task("", total=config.steps, completed=done)
+
+    def estimate(self, text: str) -> None:
+        """Print it above the bar."""
+        self._print(text)
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "step":
+            self.progress.update(self.task, completed=line["step"], description=_short(line, ("reward/total", "kl", "failed_scores")))
+            if not self.profiled:
+                self.profiled = True
+                self._print(_profile(line))
+            if line["skipped"]:
+                self._print(f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}")
+        elif line["kind"] == "eval":
+            self._print(f"evaluation after step {line['step']}: {_short(line, _shown(line))}")
+        else:
+            self._print(f"ALARM after step {line['step']}: {line['reason']}; best step {line['best_step']}; action: {line['action']}")
+
+    def __enter__(self) -> "_Screen":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def _print(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _profile(line: dict[str, Any]) -> str:
+    parts = {key: line[f"seconds/{key}"] for key in ("sample", "wait", "train")}
+    whole = sum(parts.values())
+    shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+    return f"first step: {whole:.1f} s ({shares}; wait is for rewards)"
+
+
+def _shown(line: dict[str, Any]) -> list[str]:
+    return [k for k in line if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")]
+
+
+def _short(line: dict[str, Any], keys: Sequence[str]) -> str:
+    return "  ".join(f"{key.removesuffix('/mean')} {line[key]:.3g}" for key in keys if line.get(key) is not None)
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> int:
+    what: Path = args.what
+    from trainer import loop
+
+    if (what / "model_index.json").is_file():
+        config = load(args.recipe, [f"policy.path={what}", *args.overrides])
+        run_folder, step = None, 0
+    elif (what / "config.yaml").is_file():
+        config = load(str(what / "config.yaml"), args.overrides)
+        run_folder = what
+        step = args.step if args.step is not None else _best(what)
+        if step not in checkpoint.steps(what):
+            raise ConfigError(f"no checkpoint after step {step} in {what}; there are {checkpoint.steps(what)}")
+    else:
+        raise ConfigError(f"{what} is neither a run folder (config.yaml) nor a policy (model_index.json)")
+    out: Path = args.out if run_folder is None else run_folder / "evaluations"
+    name = f"step_{step:06d}" if run_folder is not None else what.name
+    line, images = loop.look(config, run_folder, step)
+    out.mkdir(parents=True, exist_ok=True)
+    from PIL import Image
+
+    from trainer.metrics import grid
+
+    Image.fromarray(grid(images[: config.eval.grid])).save(out / f"{name}.png")
+    checkpoint.write_json(out / f"{name}.json", line)
+    table = Table("measure", "value", title=f"{what}, step {step}, {line['n']} prompts")
+    for key, value in line.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print(f"{out / name}.json, {out / name}.png", soft_wrap=True)
+    return 0
+
+
+def _best(run: Path) -> int:
+    path = run / "checkpoints" / "best.json"
+    if not path.is_file():
+        raise ConfigError(f"{run} has no best checkpoint yet: train it first, or name one with --step")
+    return int(json.loads(path.read_text())["step"])
+
+
+if __name__ == "__main__":
+    sys.exit(train())

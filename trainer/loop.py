@@ -1,0 +1,483 @@
+"""One run: sample groups -> rewards over HTTP -> advantages -> loss over the window -> step. Read `Run.step` first.
+
+Everything random is a function of (seed, step), so a killed run that resumes from its last checkpoint repeats the same numbers.
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from trainer import alarm, checkpoint
+from trainer.config import ConfigError, Prompts, RunConfig, check_options, plugin_error
+from trainer.metrics import Metrics
+from trainer.policies.ema import EMA
+from trainer.registry import resolve
+from trainer.sampling.rollout import noise_seed, ratio_deviation, replay, sample, window_of
+from trainer.scoring import Rewards, Scorer
+from trainer.types import Prompt, Rollout
+
+LOSS_VALUES = ("logp_B", "logp_old_B", "advantages_B", "mean", "mean_old", "diffusion", "root_dt")
+KL_VALUES = ("v", "v_reference", "mean", "mean_reference", "diffusion_B")
+ADVANTAGE_VALUES = ("rewards_RB", "mask_RB", "group_B", "weights_R")
+EVALUATION_STEP = -1  # evaluations draw the same noise every time: that of this "step"
+
+
+class GaveUp(RuntimeError):
+    """No scores for too long; the run is saved."""
+
+
+class Run:
+    """A policy, its optimiser, its services and its folder."""
+
+    def __init__(self, config: RunConfig, folder: Path, resume: bool = False) -> None:
+        self.config, self.folder = config, folder
+        self.prompts = read_prompts(config.prompts)
+        self.loss_of, self.kl_of, self.advantages_of = check_plugins(config)
+        self.scorer = Scorer(config.rewards, config.scoring.timeout_s)
+        self.policy = load_policy(config)
+        s = config.sampling
+        self.shape = self.policy.latent_shape(s.height, s.width)
+        self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
+        self.eval_sigmas = self.policy.sigmas(s.eval_steps, s.height, s.width)
+        self.weights = self.policy.trainable()
+        o = config.optim
+        self.optimizer = torch.optim.AdamW(self.weights.values(), o.lr, o.betas, o.eps, o.weight_decay)
+        self.ema = EMA(self.weights, config.ema.decay, config.ema.every)
+        self.monitors = load_monitors(config)
+        self.done = self.updates = self.unscored_steps = 0
+        self.versions: dict[str, int] = {name: info.version for name, info in self.scorer.infos.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        last = checkpoint.steps(folder)[-1:] if resume else []
+        if last:
+            self._restore(last[0])
+        self.metrics = Metrics(folder, resume_at=self.done if last else None)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
+        checkpoint.write_json(folder / "versions.json", self._versions())
+        (folder / "done.json").unlink(missing_ok=True)
+
+    def step(self) -> dict[str, Any]:
+        """One training step; returns its line of metrics."""
+        start, c = time.monotonic(), self.config
+        rollouts, futures = [], []
+        for n, prompt in enumerate(self._prompts_of(self.done)):
+            rollouts.append(self._sample(prompt, n))
+            texts = [prompt.text] * c.group.size
+            futures.append(self.scorer.submit(rollouts[-1].images_BHWC, texts, group=f"{self.done}/{n}"))
+        sampled = time.monotonic()
+        rewards = self.scorer.collect(futures)
+        self.versions.update(rewards.versions)
+        scored = time.monotonic()
+        group_B = torch.arange(len(rollouts)).repeat_interleave(c.group.size)
+        signed_RB = self.scorer.signs_R[:, None] * rewards.values_RB
+        advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.options)
+        usable = bool(advantages.weights_B.any())
+        self.unscored_steps = 0 if usable else self.unscored_steps + 1
+        numbers = self._learn(rollouts, advantages.values_B, advantages.weights_B) if usable else {}
+        self.done += 1
+        end, pictures = time.monotonic(), len(group_B)
+        return self.metrics.write(
+            "step",
+            self.done,
+            {
+                **summary(self.scorer, rewards, "mean", "std"),
+                **numbers,
+                "skipped": not usable,
+                "failed_scores": int((~rewards.mask_RB).sum()),
+                "masked_samples": int((advantages.weights_B == 0).sum()),
+                "failures": dict(rewards.failures),
+                "zero_std_groups": advantages.zero_variance_groups,
+                "dropped_groups": advantages.dropped_groups,
+                "seconds/sample": sampled - start,
+                "seconds/wait": scored - sampled,
+                "seconds/train": end - scored,
+                "pictures/second": pictures / (end - start),
+            },
+        )
+
+    def _learn(self, rollouts: Sequence[Rollout], advantages_B: Tensor, weights_B: Tensor) -> dict[str, float]:
+        """`optim.updates` optimiser steps, each over its share of the groups and all steps of their windows."""
+        seen: dict[str, list[tuple[float, float]]] = {}
+        size = self.config.group.size
+        for update in range(self.config.optim.updates):
+            mine = range(update, len(rollouts), self.config.optim.updates)
+            total = sum(float(weights_B[n * size : (n + 1) * size].sum()) for n in mine) * self.config.sampling.window.length
+            if total == 0:
+                continue
+            for n in mine:
+                own = slice(n * size, (n + 1) * size)
+                for column in range(rollouts[n].window.length):
+                    for rows in self._micro_batches(size):
+                        loss = self._loss(rollouts[n], column, rows, advantages_B[own][rows], weights_B[own][rows], total, seen)
+                        loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.clip_grad)
+            seen.setdefault("grad_norm", []).append((float(norm), 1.0))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.update(self.updates)
+            self.updates += 1
+        out = {key: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for key, pairs in seen.items()}
+        if "ratio_dev" in seen:
+            out["ratio_dev"] = max(value for value, _ in seen["ratio_dev"])
+        return out
+
+    def _loss(
+        self,
+        rollout: Rollout,
+        column: int,
+        rows: slice,
+        advantages_B: Tensor,
+        weights_B: Tensor,
+        total: float,
+        seen: dict[str, list[tuple[float, float]]],
+    ) -> Tensor:
+        """The share of one micro-batch at one step of the window in the mean over all scored samples and steps."""
+        c, device = self.config, self.policy.device
+        advantages_B, weights_B = advantages_B.to(device), weights_B.to(device)
+        now, v = replay(self.policy, rollout, column, rows)
+        i = rollout.window.start + column
+        values = {
+            "logp_B": now.logp_B,
+            "logp_old_B": rollout.logp_old_BT[rows, column],
+            "advantages_B": advantages_B,
+            "mean": now.mean,
+            "mean_old": rollout.mean_old_BT[rows, column],
+            "diffusion": float(now.diffusion_B[0]),
+            "root_dt": math.sqrt(float(rollout.sigmas[i] - rollout.sigmas[i + 1])),
+        }
+        policy_loss = call(self.loss_of, values, c.loss.options)
+        loss_B = policy_loss.values_B
+        logged = {**policy_loss.diagnostics, "loss": float((loss_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))}
+        if c.kl is not None and self.kl_of is not None:
+            with torch.no_grad(), self.policy.reference():
+                before, v_reference = replay(self.policy, rollout, column, rows)
+            kl_values = {
+                "v": v,
+                "v_reference": v_reference,
+                "mean": now.mean,
+                "mean_reference": before.mean,
+                "diffusion_B": now.diffusion_B,
+            }
+            kl_B = call(self.kl_of, kl_values, c.kl.options)
+            loss_B = loss_B + c.kl.weight * kl_B
+            logged["kl"] = float((kl_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))
+        for key, value in logged.items():
+            seen.setdefault(key, []).append((value, max(float(weights_B.sum()), 1e-9)))
+        return (loss_B * weights_B).sum() / total
+
+    def evaluate(self) -> dict[str, Any]:
+        """`measure`, written to the metrics, with a grid."""
+        values, images = self.measure()
+        self.metrics.grid(self.folder, self.done, images, self.config.eval.grid)
+        return self.metrics.write("eval", self.done, values)
+
+    def measure(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """The fixed prompts and noise, through the average if so configured: rewards, monitors; and the pictures."""
+        images, prompts = self.pictures(self.config.eval.prompts)
+        rewards = self._score(images, prompts)
+        values: dict[str, Any] = {**summary(self.scorer, rewards, "mean", "sem"), "n": len(prompts)}
+        values["failed_scores"] = int((~rewards.mask_RB).sum())
+        if self.monitors is not None:
+            values.update(self.monitors.measure(images, [p.meta.get("class") for p in prompts]))
+        return values, images
+
+    def pictures(self, count: int) -> tuple[NDArray[np.uint8], list[Prompt]]:
+        """(B, H, W, 3) uint8 of the first `count` evaluation prompts along the ODE."""
+        s, prompts = self.config.sampling, self.prompts[1][:count]
+        chunks = []
+        with self.ema.swapped() if self.config.ema.evaluate else torch.no_grad():
+            for start in range(0, len(prompts), s.micro_batch):
+                part = prompts[start : start + s.micro_batch]
+                seeds = [noise_seed(self.config.seed, EVALUATION_STEP, p.id, 0) for p in part]
+                out = sample(
+                    self.policy,
+                    part,
+                    seeds,
+                    sigmas=self.eval_sigmas,
+                    shape=self.shape,
+                    window=None,
+                    guidance=s.eval_guidance,
+                    micro_batch=s.micro_batch,
+                )
+                chunks.append(out.images_BHWC)
+        return np.concatenate(chunks), prompts
+
+    def accept(self) -> float:
+        """max |ratio - 1| of a fresh group under unchanged weights; ConfigError when rounding eats a tenth of the clip range."""
+        deviation = ratio_deviation(self.policy, self._sample(self._prompts_of(self.done)[0], 0), self.config.sampling.micro_batch)
+        options = self.config.loss.options
+        limit = min(float(options[k]) for k in ("clip_low", "clip_high")) / 10
+        if not deviation < limit:
+            raise ConfigError(
+                f"unchanged weights already move the ratio by {deviation:.2g}, and a tenth of the clip range is {limit:.2g}: "
+                "clipping would act on rounding. Set policy.dtype=float32, or raise loss.clip_low and loss.clip_high."
+            )
+        return deviation
+
+    def save(self, best: int | None) -> None:
+        """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do."""
+        self.metrics.sync()
+        tensors = {f"weights/{k}": v for k, v in self.weights.items()}
+        tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
+        tensors |= {f"optim/{k}": v for k, v in checkpoint.flatten(self.optimizer, self.weights).items()}
+        meta = {
+            "updates": self.updates,
+            "unscored_steps": self.unscored_steps,
+            "seed": self.config.seed,
+            "fingerprint": self.policy.fingerprint(),
+            "config": self.config.training(),
+            "config_hash": self.config.hash(),
+            "sigmas_hash": digest(self.sigmas),
+            "reward_versions": self.versions,
+        }
+        checkpoint.save(self.folder, self.done, tensors, meta)
+        if best is not None:
+            checkpoint.write_json(self.folder / "checkpoints" / "best.json", {"step": best, "folder": f"step_{best:06d}"})
+        checkpoint.prune(self.folder, self.config.checkpoint.keep, best)
+
+    def adopt(self, folder: Path) -> None:
+        """The weights (and their average) of a checkpoint of the same model."""
+        saved = checkpoint.read(folder)
+        checkpoint.check_model(saved, self.policy.fingerprint())
+        self._put(saved)
+
+    def close(self) -> None:
+        """Close files and connections."""
+        self.metrics.close()
+        self.scorer.close()
+
+    def _restore(self, step: int) -> None:
+        saved = checkpoint.read(checkpoint.folder_of(self.folder, step))
+        c = self.config
+        checkpoint.check(
+            saved,
+            fingerprint=self.policy.fingerprint(),
+            config=c.training(),
+            config_hash=c.hash(),
+            sigmas_hash=digest(self.sigmas),
+        )
+        self._put(saved)
+        checkpoint.unflatten(self.optimizer, self.weights, saved.under("optim"))
+        self.done, self.updates = saved.meta["step"], saved.meta["updates"]
+        self.unscored_steps = 0
+        self.versions.update(saved.meta["reward_versions"])
+
+    @torch.no_grad()
+    def _put(self, saved: checkpoint.Saved) -> None:
+        weights, average = saved.under("weights"), saved.under("ema")
+        if weights.keys() != self.weights.keys():
+            raise checkpoint.CheckpointError("the checkpoint trains other weights than policy.lora names: use the run's own config")
+        for name, parameter in self.weights.items():
+            parameter.copy_(weights[name])
+            self.ema.average[name].copy_(average[name])
+
+    def _sample(self, prompt: Prompt, n: int) -> Rollout:
+        c, s = self.config, self.config.sampling
+        return sample(
+            self.policy,
+            [prompt] * c.group.size,
+            [noise_seed(c.seed, self.done, prompt.id, copy) for copy in range(c.group.size)],
+            sigmas=self.sigmas,
+            shape=self.shape,
+            window=window_of(c.seed, self.done, n, s.window.length, s.window.first, s.window.last),
+            noise_level=s.noise_level,
+            kind=s.kind,
+            guidance=s.guidance,
+            group=n,
+            micro_batch=s.micro_batch,
+        )
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of one step: epochs in shuffled order, a function of (seed, step)."""
+        train, count = self.prompts[0], self.config.group.prompts_per_step
+        out = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, len(train))
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(noise_seed(self.config.seed, epoch, -2, -2)))
+            out.append(train[int(order[place])])
+        return out
+
+    def _micro_batches(self, size: int) -> Iterator[slice]:
+        for start in range(0, size, self.config.sampling.micro_batch):
+            yield slice(start, min(start + self.config.sampling.micro_batch, size))
+
+    def _score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Rewards:
+        return self.scorer.collect([self.scorer.submit(images, [p.text for p in prompts], group="")])
+
+    def _versions(self) -> dict[str, Any]:
+        packages = ("torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
+        return {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "packages": {name: importlib.metadata.version(name) for name in packages},
+            "policy": self.policy.fingerprint(),
+            "rewards": {name: json.loads(info.model_dump_json()) for name, info in self.scorer.infos.items()},
+        }
+
+
+def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> str:
+    """Steps until the recipe's end, an alarm or `stop()`; returns the reason. `tell` sees every line of metrics.
+
+    GaveUp after `scoring.give_up_after` steps in a row without a score, with the run saved.
+    """
+    c, evaluations = run.config, run.metrics.evaluations
+    run.accept()
+    if not evaluations:
+        tell(run.evaluate())
+        run.save(alarm.best(evaluations))
+    reason = ""
+    while not reason:
+        if run.done >= c.steps:
+            reason = "finished"
+        elif stop():
+            run.save(alarm.best(evaluations))
+            return "interrupted"
+        else:
+            tell(run.step())
+            if run.unscored_steps >= c.scoring.give_up_after:
+                run.save(alarm.best(evaluations))
+                raise GaveUp(
+                    f"{run.unscored_steps} steps in a row without a single score from "
+                    f"{', '.join(f'{name} ({reward.url})' for name, reward in c.rewards.items())}; see `failures` in "
+                    f"{run.metrics.path}. The run is saved: mend the services and start again with --resume."
+                )
+            reason = _after(run, evaluations, tell)
+    best = alarm.best(evaluations)
+    run.adopt(checkpoint.folder_of(run.folder, best))
+    with run.ema.swapped() if c.ema.evaluate else torch.no_grad():
+        run.policy.save_adapter(run.folder / "adapter")
+    checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
+    return reason
+
+
+def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Measure a checkpoint of a run (or the bare policy when `run_folder` is None) and write nothing into the run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(config, Path(scratch))
+        try:
+            if run_folder is not None:
+                run.adopt(checkpoint.folder_of(run_folder, step))
+            return run.measure()
+        finally:
+            run.close()
+
+
+def _after(run: Run, evaluations: list[dict[str, Any]], tell: Callable[[dict[str, Any]], None]) -> str:
+    """Evaluation, alarm and checkpoint where they are due; the reason to stop, or nothing."""
+    c, reason = run.config, ""
+    last = run.done >= c.steps
+    due = run.done % c.eval.every == 0 or last
+    if due:
+        tell(run.evaluate())
+        verdict = alarm.judge(evaluations, c.alarm)
+        if verdict.reason is not None:
+            line = {"reason": verdict.reason, "action": c.alarm.action, "best_step": verdict.best_step}
+            tell(run.metrics.write("alarm", run.done, line))
+            reason = f"alarm: {verdict.reason}" if c.alarm.action == "stop" else ""
+    if due or run.done % c.checkpoint.every == 0:
+        run.save(alarm.best(evaluations))
+    return reason
+
+
+def call(function: Callable[..., Any], values: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """A plug-in takes those of `values` that its parameters name, and the recipe's options."""
+    wanted = inspect.signature(function).parameters
+    return function(**{k: v for k, v in values.items() if k in wanted}, **options)
+
+
+def check_plugins(config: RunConfig) -> tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]:
+    """Loss, KL and advantages of a recipe, their options checked."""
+    loss = resolve("loss", config.loss.use)
+    check_options("loss", loss, LOSS_VALUES, config.loss.options)
+    kl = None
+    if config.kl is not None:
+        kl = resolve("regularizer", config.kl.use)
+        check_options("kl", kl, KL_VALUES, config.kl.options)
+    advantages = resolve("advantages", config.advantages.use)
+    check_options("advantages", advantages, ADVANTAGE_VALUES, config.advantages.options)
+    if config.loss.use == "guard" and config.sampling.kind != "sde":
+        raise ConfigError("loss guard is defined for sampling.kind=sde only")
+    return loss, kl, advantages
+
+
+def load_policy(config: RunConfig) -> Any:
+    """The policy with its adapter; ConfigError for an option it does not have."""
+    kind = resolve("policy", config.policy.use)
+    options = config.policy.options
+    path = options.pop("path", None)
+    if path is None:
+        raise ConfigError("policy needs a path: set policy.path=FOLDER")
+    try:
+        return kind.load(path, device=config.device, seed=config.seed, **options)
+    except ValidationError as error:
+        module = importlib.import_module(kind.__module__)
+        model = next(
+            m for m in vars(module).values() if isinstance(m, type) and m.__name__ == error.title
+        )
+        raise plugin_error("policy", error, model) from error
+
+
+def load_monitors(config: RunConfig) -> Any:
+    """The held-out judges, or None."""
+    if config.eval.monitors is None:
+        return None
+    from trainer.honesty import Monitors  # only runs with monitors need them
+
+    return Monitors.load(Path(config.eval.monitors), config.device)
+
+
+def read_prompts(paths: Prompts) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and evaluation prompts; ConfigError names the file and the line that cannot be read."""
+    out: list[list[Prompt]] = []
+    for key, name in (("train", paths.train), ("eval", paths.eval)):
+        if not Path(name).is_file():
+            raise ConfigError(f"prompts.{key}: no file {name} here ({Path.cwd()}); lines are {{\"id\": 0, \"prompt\": \"...\"}}")
+        prompts = []
+        for number, line in enumerate(Path(name).read_text().splitlines(), 1):
+            try:
+                raw = json.loads(line)
+                prompts.append(Prompt(int(raw.pop("id")), str(raw.pop("prompt")), raw))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ConfigError(f"{name}, line {number}: write {{\"id\": 0, \"prompt\": \"...\"}}") from error
+        if not prompts:
+            raise ConfigError(f"{name} holds no prompts")
+        out.append(prompts)
+    return out[0], out[1]
+
+
+def summary(scorer: Scorer, rewards: Rewards, *kinds: str) -> dict[str, float | None]:
+    """Mean, std or sem of each reward as its service gave it, and of the signed, weighted total; None where nothing was scored."""
+    out: dict[str, float | None] = {}
+    total = scorer.total(rewards.values_RB)
+    rows = {f"reward/{name}/": row for name, row in zip(scorer.names, rewards.values_RB, strict=True)} | {"reward/total_": total}
+    for prefix, row in rows.items():
+        valid = row[row.isfinite()]
+        spread = float(valid.std(correction=1)) if len(valid) > 1 else None
+        numbers = {
+            "mean": float(valid.mean()) if len(valid) else None,
+            "std": spread,
+            "sem": spread / math.sqrt(len(valid)) if spread is not None else None,
+        }
+        out.update({prefix + kind: numbers[kind] for kind in kinds})
+    out["reward/total"] = out["reward/total_mean"]
+    return out
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of float32 values."""
+    return hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
