@@ -47,9 +47,11 @@ def sample(
     kind: str = "sde",
     guidance: float = 1.0,
     group: int = 0,
+    start_seeds: Sequence[int] | None = None,
     micro_batch: int = 64,
 ) -> Rollout:
-    """B pictures of one group. Without a window the whole path is the ODE, and there is nothing to train on.
+    """B pictures of one group. `start_seeds` draws the first noise from other seeds than the window's: equal ones let the members of
+    a group share it, and differ by the window alone. Without a window the whole path is the ODE, and there is nothing to train on.
 
     Kernels round differently for other batch sizes: `micro_batch` has to be the one that the loss uses.
     """
@@ -62,6 +64,8 @@ def sample(
     for start in range(0, len(prompts), micro_batch):
         rows = slice(start, start + micro_batch)
         noise = _noise(seeds[rows], 1 + len(trained), shape, policy.device)
+        if start_seeds is not None:
+            noise[:, 0] = _noise(start_seeds[rows], 1, shape, policy.device)[:, 0]
         x, cond = noise[:, 0], condition[rows]
         states, logps, means = [], [], []
         for i in range(steps):
