@@ -11,11 +11,18 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from trainer import checkpoint
-from trainer.config import ConfigError, RunConfig, load, recipe_names
+from trainer.config import ConfigError, RunConfig, dump, load, recipe_names
 
 TRAIN_HELP = """\
 start the services first (`make serve`), then:
@@ -32,7 +39,7 @@ EVAL_HELP = """\
   verism-eval runs/world                  the run's best checkpoint
   verism-eval runs/world --step 20        another one
   verism-eval world/policy                a policy that no run has touched, by recipe `world`
-  verism-eval runs/world eval.prompts=32  any key of the configuration, dotted
+  verism-eval runs/world eval.samples=32  any key of the configuration, dotted
 
 Prints rewards and, where eval.monitors names them, what was never a reward: held-out detectors, distance, class hit.
 Writes evaluations/NAME.json and .png into the run folder (for a policy: into --out).
@@ -45,7 +52,9 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the run folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print the configuration and stop")
     args = parser.parse_args(argv)
     console = Console()
@@ -58,15 +67,23 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", type=Path, help="a run folder, or a policy in diffusers format")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the best")
-    parser.add_argument("--recipe", default="world", help="whose prompts, sampling and services judge a policy (default: world)")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation")
+    parser.add_argument(
+        "--recipe",
+        default="world",
+        help="whose prompts, sampling and services judge a policy (default: world)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation"
+    )
     args = parser.parse_args(argv)
     console = Console()
     return _guarded(console, lambda: _evaluate(args, console))
 
 
 def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def _guarded(console: Console, work: Callable[[], int]) -> int:
@@ -87,24 +104,28 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     config = load(args.recipe, args.overrides)
     folder: Path = args.run_dir or Path("runs") / config.name
     if (folder / "metrics.jsonl").exists() and not args.resume and not args.dry_run:
-        raise ConfigError(f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it")
+        raise ConfigError(
+            f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it"
+        )
     if args.resume and not args.dry_run and (folder / "done.json").exists():
         done = json.loads((folder / "done.json").read_text())
         if done["reason"] == "finished" and checkpoint.steps(folder)[-1] >= config.steps:
-            console.print(f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True)
+            console.print(
+                f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True
+            )
             return 0
     from trainer import loop  # torch loads only once the command line is right
 
-    loop.check_plugins(config)
     if args.dry_run:
         loop.read_prompts(config.prompts)
-        import yaml
-
-        console.print(yaml.safe_dump(config.dump(), sort_keys=False), markup=False, highlight=False, soft_wrap=True)
+        console.print(dump(config), markup=False, highlight=False, soft_wrap=True)
         return 0
     run = loop.Run(config, folder, resume=args.resume)
     try:
-        console.print(f"{folder}: {'resumed after' if run.done else 'starting at'} step {run.done} of {config.steps}", soft_wrap=True)
+        console.print(
+            f"{folder}: {'resumed after' if run.done else 'starting at'} step {run.done} of {config.steps}",
+            soft_wrap=True,
+        )
         with _Stop() as stop, _Screen(console, config, run.done) as screen:
             screen.estimate(_estimate(run))
             reason = loop.train(run, stop=stop, tell=screen)
@@ -122,16 +143,16 @@ def _estimate(run: Any) -> str:
     """Cost of the whole run, from one timed group: sampled steps, and about three times as much per trained one."""
     c, start = run.config, time.monotonic()
     run.accept()
-    s, w = c.sampling, c.sampling.window.length
+    s, w = c.sampling, c.sampling.window
     unit = (time.monotonic() - start) / (c.group.size * (s.steps + w))  # one forward pass of one picture
-    passes = s.steps + w * (4 if c.kl is not None else 3)
-    step = unit * passes * c.group.size * c.group.prompts_per_step
-    evaluation = unit * s.eval_steps * min(c.eval.prompts, len(run.prompts[1])) * (2 if s.eval_guidance > 1 else 1)
+    passes = s.steps + w * (4 if c.kl.weight > 0 else 3)
+    step = unit * passes * c.group.size * c.group.prompts
+    evaluation = unit * c.eval.steps * c.eval.samples * (1 if c.eval.guidance == 1 else 2)
     left = c.steps - run.done
     seconds = step * left + evaluation * (left / c.eval.every + 1)
     return (
         f"estimate: {step:.1f} s a step, {evaluation:.1f} s an evaluation, {seconds / 60:.1f} min in all, waiting for rewards not included; "
-        f"{c.group.size * c.group.prompts_per_step * left * len(c.rewards)} scores"
+        f"{c.group.size * c.group.prompts * left * len(c.rewards)} scores"
     )
 
 
@@ -145,7 +166,9 @@ class _Stop:
         return self.asked
 
     def __enter__(self) -> "_Stop":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -181,16 +204,24 @@ class _Screen:
 
     def __call__(self, line: dict[str, Any]) -> None:
         if line["kind"] == "step":
-            self.progress.update(self.task, completed=line["step"], description=_short(line, ("reward/total", "kl", "failed_scores")))
+            self.progress.update(
+                self.task,
+                completed=line["step"],
+                description=_short(line, ("reward/total", "kl", "failed_scores")),
+            )
             if not self.profiled:
                 self.profiled = True
                 self._print(_profile(line))
             if line["skipped"]:
-                self._print(f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}")
+                self._print(
+                    f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}"
+                )
         elif line["kind"] == "eval":
             self._print(f"evaluation after step {line['step']}: {_short(line, _shown(line))}")
         else:
-            self._print(f"ALARM after step {line['step']}: {line['reason']}; best step {line['best_step']}; action: {line['action']}")
+            self._print(
+                f"ALARM after step {line['step']}: {line['reason']}; best step {line['best_step']}; action: {line['action']}"
+            )
 
     def __enter__(self) -> "_Screen":
         self.progress.start()
@@ -211,11 +242,17 @@ def _profile(line: dict[str, Any]) -> str:
 
 
 def _shown(line: dict[str, Any]) -> list[str]:
-    return [k for k in line if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")]
+    return [
+        k
+        for k in line
+        if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")
+    ]
 
 
 def _short(line: dict[str, Any], keys: Sequence[str]) -> str:
-    return "  ".join(f"{key.removesuffix('/mean')} {line[key]:.3g}" for key in keys if line.get(key) is not None)
+    return "  ".join(
+        f"{key.removesuffix('/mean')} {line[key]:.3g}" for key in keys if line.get(key) is not None
+    )
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> int:
@@ -230,7 +267,9 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         run_folder = what
         step = args.step if args.step is not None else _best(what)
         if step not in checkpoint.steps(what):
-            raise ConfigError(f"no checkpoint after step {step} in {what}; there are {checkpoint.steps(what)}")
+            raise ConfigError(
+                f"no checkpoint after step {step} in {what}; there are {checkpoint.steps(what)}"
+            )
     else:
         raise ConfigError(f"{what} is neither a run folder (config.yaml) nor a policy (model_index.json)")
     out: Path = args.out if run_folder is None else run_folder / "evaluations"

@@ -16,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 RECIPES = Path(__file__).parent / "recipes"
 
 
+class ConfigError(ValueError):
+    """A recipe or an override cannot be used; the message says what to write instead."""
+
+
 class Frozen(BaseModel):
+    """Unknown keys are errors, values never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -47,11 +53,15 @@ class SamplingConfig(Frozen):
     window_last: int = Field(default=5, ge=1)
     kind: Literal["sde", "dance", "cps"] = "sde"
     noise_level: float = Field(default=0.7, gt=0)
-    same_noise: bool = Field(default=False, description="members of a group start from one noise and differ by the window alone")
+    same_noise: bool = Field(
+        default=False, description="members of a group start from one noise and differ by the window alone"
+    )
     guidance: float = Field(default=1.0, ge=0)
     height: int = Field(default=512, ge=8)
     width: int = Field(default=512, ge=8)
-    micro_batch: int = Field(default=16, ge=1, description="pictures per forward pass, in sampling and in training alike")
+    micro_batch: int = Field(
+        default=16, ge=1, description="pictures per forward pass, in sampling and in training alike"
+    )
 
 
 class GroupConfig(Frozen):
@@ -59,12 +69,16 @@ class GroupConfig(Frozen):
 
     prompts: int = Field(default=8, ge=1)
     size: int = Field(default=8, ge=2)
-    allow_small: bool = Field(default=False, description="train with groups of fewer than 4, whose z-scores are mostly noise")
+    allow_small: bool = Field(
+        default=False, description="train with groups of fewer than 4, whose z-scores are mostly noise"
+    )
 
     @model_validator(mode="after")
     def _large_enough(self) -> "GroupConfig":
         if self.size < 4 and not self.allow_small:
-            raise ValueError("group.size below 4 gives z-scores that are mostly noise; raise it or set group.allow_small=true")
+            raise ValueError(
+                "group.size below 4 gives z-scores that are mostly noise; raise it or set group.allow_small=true"
+            )
         return self
 
 
@@ -103,7 +117,9 @@ class OptimConfig(Frozen):
     weight_decay: float = Field(default=1e-4, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    updates: int = Field(default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter")
+    updates: int = Field(
+        default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter"
+    )
 
 
 class EMAConfig(Frozen):
@@ -116,7 +132,9 @@ class EvalConfig(Frozen):
     samples: int = Field(default=200, ge=2)
     steps: int = Field(default=10, ge=2)
     guidance: float = Field(default=1.0, ge=0)
-    monitors: Path | None = Field(default=None, description="folder of held-out detectors and features; null for none")
+    monitors: Path | None = Field(
+        default=None, description="folder of held-out detectors and features; null for none"
+    )
     grid: int = Field(default=40, ge=1)
     seed: int = 1234
 
@@ -126,7 +144,9 @@ class AlarmConfig(Frozen):
 
     action: Literal["stop", "warn", "off"] = "stop"
     patience: int = Field(default=2, ge=1, description="evaluations in a row that look like reward hacking")
-    distance_factor: float = Field(default=1.05, ge=1, description="distance above this multiple of the best so far counts as worse")
+    distance_factor: float = Field(
+        default=1.05, ge=1, description="distance above this multiple of the best so far counts as worse"
+    )
     class_hit_drop: float = Field(default=0.05, ge=0)
 
 
@@ -144,7 +164,9 @@ class RunConfig(Frozen):
     group: GroupConfig = GroupConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     reward_timeout_s: float = Field(default=120.0, gt=0)
-    max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
+    max_unscored_steps: int = Field(
+        default=5, ge=1, description="stop after so many steps in a row without a single score"
+    )
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     kl: KLConfig = KLConfig()
@@ -153,12 +175,15 @@ class RunConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     alarm: AlarmConfig = AlarmConfig()
     checkpoint_every: int = Field(default=10, ge=1)
+    checkpoint_keep: int = Field(default=2, ge=1, description="newest ones kept; the best is kept besides")
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         s = self.sampling
         if s.window_last > s.steps - 1:
-            raise ValueError(f"sampling.window_last is {s.window_last}, but the last of {s.steps} steps is never trained: {s.steps - 1} at most")
+            raise ValueError(
+                f"sampling.window_last is {s.window_last}, but the last of {s.steps} steps is never trained: {s.steps - 1} at most"
+            )
         if s.window > s.window_last - s.window_first:
             raise ValueError("sampling.window is longer than [window_first, window_last)")
         if sum(r.weight for r in self.rewards.values()) <= 0:
@@ -173,33 +198,39 @@ def recipe_names() -> list[str]:
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe by name or path with `a.b=value` on top; ValueError names the wrong key and the nearest right one."""
+    """A recipe by name or path with `a.b=value` on top; ConfigError names the wrong key and the nearest right one."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(recipe, recipe_names(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no recipe {recipe!r}; {hint}known: {', '.join(recipe_names())}, or the path of a YAML file")
+        raise ConfigError(
+            f"no recipe {recipe!r}; {hint}known: {', '.join(recipe_names())}, or the path of a YAML file"
+        )
     raw = yaml.safe_load(path.read_text())
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a recipe: it should be a mapping of keys")
+        raise ConfigError(f"{path} is not a recipe: it should be a mapping of keys")
     for override in overrides:
         _apply(raw, override)
     return validate(raw, str(path))
 
 
 def validate(raw: dict[str, Any], source: str) -> RunConfig:
-    """RunConfig, or a ValueError in words."""
+    """RunConfig, or a ConfigError in words."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] != "extra_forbidden":
-            raise ValueError(f"{source}: {where}: {first['msg']}".replace(": : ", ": ")) from error
+            raise ConfigError(f"{source}: {where}: {first['msg']}".replace(": : ", ": ")) from error
         known = _fields_at(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
-        hint = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?" if near else f"known there: {', '.join(known)}"
-        raise ValueError(f"{source}: unknown key {where!r}; {hint}") from error
+        hint = (
+            f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
+            if near
+            else f"known there: {', '.join(known)}"
+        )
+        raise ConfigError(f"{source}: unknown key {where!r}; {hint}") from error
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
@@ -217,17 +248,20 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001")
+        raise ConfigError(
+            f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001"
+        )
     *path, last = key.split(".")
     target = raw
     for part in path:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise ValueError(f"{key}: {part!r} is a value, not a section")
+            raise ConfigError(f"{key}: {part!r} is a value, not a section")
     try:
-        target[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{key}: {text!r} cannot be read: {error}") from error
+        raise ConfigError(f"{key}: {text!r} cannot be read: {error}") from error
+    target[last] = value
 
 
 def dump(config: RunConfig) -> str:

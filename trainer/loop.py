@@ -5,7 +5,6 @@ Everything random is a function of (seed, step), so a killed run that resumes fr
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import platform
@@ -17,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
 from trainer import alarm, checkpoint
-from trainer.config import ConfigError, Prompts, RunConfig, check_options, plugin_error
+from trainer.config import ConfigError, PromptsConfig, RunConfig, dump
 from trainer.metrics import Metrics
 from trainer.policies.ema import EMA
 from trainer.registry import resolve
@@ -31,9 +29,6 @@ from trainer.sampling.rollout import noise_seed, ratio_deviation, replay, sample
 from trainer.scoring import Rewards, Scorer
 from trainer.types import Prompt, Rollout
 
-LOSS_VALUES = ("logp_B", "logp_old_B", "advantages_B", "mean", "mean_old", "diffusion", "root_dt")
-KL_VALUES = ("v", "v_reference", "mean", "mean_reference", "diffusion_B")
-ADVANTAGE_VALUES = ("rewards_RB", "mask_RB", "group_B", "weights_R")
 EVALUATION_STEP = -1  # evaluations draw the same noise every time: that of this "step"
 
 
@@ -47,13 +42,15 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, resume: bool = False) -> None:
         self.config, self.folder = config, folder
         self.prompts = read_prompts(config.prompts)
-        self.loss_of, self.kl_of, self.advantages_of = check_plugins(config)
-        self.scorer = Scorer(config.rewards, config.scoring.timeout_s)
+        self.loss_of = resolve("loss", config.loss.use)
+        self.kl_of = resolve("regularizer", config.kl.use)
+        self.advantages_of = resolve("advantages", "group_relative")
+        self.scorer = Scorer(config.rewards, config.reward_timeout_s)
         self.policy = load_policy(config)
         s = config.sampling
         self.shape = self.policy.latent_shape(s.height, s.width)
         self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
-        self.eval_sigmas = self.policy.sigmas(s.eval_steps, s.height, s.width)
+        self.eval_sigmas = self.policy.sigmas(config.eval.steps, s.height, s.width)
         self.weights = self.policy.trainable()
         o = config.optim
         self.optimizer = torch.optim.AdamW(self.weights.values(), o.lr, o.betas, o.eps, o.weight_decay)
@@ -66,9 +63,14 @@ class Run:
         if last:
             self._restore(last[0])
         self.metrics = Metrics(folder, resume_at=self.done if last else None)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
+        (folder / "config.yaml").write_text(dump(config))
         checkpoint.write_json(folder / "versions.json", self._versions())
         (folder / "done.json").unlink(missing_ok=True)
+
+    @property
+    def first(self) -> dict[str, Any] | None:
+        """The first evaluation, against which the total is measured."""
+        return self.metrics.evaluations[0] if self.metrics.evaluations else None
 
     def step(self) -> dict[str, Any]:
         """One training step; returns its line of metrics."""
@@ -84,7 +86,7 @@ class Run:
         scored = time.monotonic()
         group_B = torch.arange(len(rollouts)).repeat_interleave(c.group.size)
         signed_RB = self.scorer.signs_R[:, None] * rewards.values_RB
-        advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.options)
+        advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.model_dump())
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
         numbers = self._learn(rollouts, advantages.values_B, advantages.weights_B) if usable else {}
@@ -94,7 +96,7 @@ class Run:
             "step",
             self.done,
             {
-                **summary(self.scorer, rewards, "mean", "std"),
+                **summary(self.scorer, rewards, self.first, "mean", "std"),
                 **numbers,
                 "skipped": not usable,
                 "failed_scores": int((~rewards.mask_RB).sum()),
@@ -110,21 +112,18 @@ class Run:
         )
 
     def _learn(self, rollouts: Sequence[Rollout], advantages_B: Tensor, weights_B: Tensor) -> dict[str, float]:
-        """`optim.updates` optimiser steps, each over its share of the groups and all steps of their windows."""
+        """`optim.updates` optimiser steps, each over all groups and all steps of their windows."""
         seen: dict[str, list[tuple[float, float]]] = {}
         size = self.config.group.size
-        for update in range(self.config.optim.updates):
-            mine = range(update, len(rollouts), self.config.optim.updates)
-            total = sum(float(weights_B[n * size : (n + 1) * size].sum()) for n in mine) * self.config.sampling.window.length
-            if total == 0:
-                continue
-            for n in mine:
+        total = float(weights_B.sum()) * self.config.sampling.window
+        for _ in range(self.config.optim.updates):
+            for n, rollout in enumerate(rollouts):
                 own = slice(n * size, (n + 1) * size)
-                for column in range(rollouts[n].window.length):
+                for column in range(rollout.window.length):
                     for rows in self._micro_batches(size):
-                        loss = self._loss(rollouts[n], column, rows, advantages_B[own][rows], weights_B[own][rows], total, seen)
-                        loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.clip_grad)
+                        judged = advantages_B[own][rows], weights_B[own][rows]
+                        self._loss(rollout, column, rows, *judged, total, seen).backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.max_grad_norm)
             seen.setdefault("grad_norm", []).append((float(norm), 1.0))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -150,29 +149,23 @@ class Run:
         advantages_B, weights_B = advantages_B.to(device), weights_B.to(device)
         now, v = replay(self.policy, rollout, column, rows)
         i = rollout.window.start + column
-        values = {
-            "logp_B": now.logp_B,
-            "logp_old_B": rollout.logp_old_BT[rows, column],
-            "advantages_B": advantages_B,
-            "mean": now.mean,
-            "mean_old": rollout.mean_old_BT[rows, column],
-            "diffusion": float(now.diffusion_B[0]),
-            "root_dt": math.sqrt(float(rollout.sigmas[i] - rollout.sigmas[i + 1])),
-        }
-        policy_loss = call(self.loss_of, values, c.loss.options)
+        old = rollout.logp_old_BT[rows, column]
+        clip = (c.loss.clip_low, c.loss.clip_high)
+        if c.loss.use == "guard":
+            root_dt = math.sqrt(float(rollout.sigmas[i] - rollout.sigmas[i + 1]))
+            means = now.mean, rollout.mean_old_BT[rows, column]
+            policy_loss = self.loss_of(now.logp_B, old, *means, float(now.diffusion_B[0]), root_dt, advantages_B, *clip)
+        else:
+            policy_loss = self.loss_of(now.logp_B, old, advantages_B, *clip)
         loss_B = policy_loss.values_B
         logged = {**policy_loss.diagnostics, "loss": float((loss_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))}
-        if c.kl is not None and self.kl_of is not None:
+        if c.kl.weight > 0:
             with torch.no_grad(), self.policy.reference():
                 before, v_reference = replay(self.policy, rollout, column, rows)
-            kl_values = {
-                "v": v,
-                "v_reference": v_reference,
-                "mean": now.mean,
-                "mean_reference": before.mean,
-                "diffusion_B": now.diffusion_B,
-            }
-            kl_B = call(self.kl_of, kl_values, c.kl.options)
+            if c.kl.use == "v_kl":
+                kl_B = self.kl_of(v, v_reference)
+            else:
+                kl_B = self.kl_of(now.mean, before.mean, now.diffusion_B)
             loss_B = loss_B + c.kl.weight * kl_B
             logged["kl"] = float((kl_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))
         for key, value in logged.items():
@@ -187,22 +180,23 @@ class Run:
 
     def measure(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         """The fixed prompts and noise, through the average if so configured: rewards, monitors; and the pictures."""
-        images, prompts = self.pictures(self.config.eval.prompts)
+        images, prompts = self.pictures(self.config.eval.samples)
         rewards = self._score(images, prompts)
-        values: dict[str, Any] = {**summary(self.scorer, rewards, "mean", "sem"), "n": len(prompts)}
+        values: dict[str, Any] = {**summary(self.scorer, rewards, self.first, "mean", "std", "sem"), "n": len(prompts)}
         values["failed_scores"] = int((~rewards.mask_RB).sum())
         if self.monitors is not None:
             values.update(self.monitors.measure(images, [p.meta.get("class") for p in prompts]))
         return values, images
 
     def pictures(self, count: int) -> tuple[NDArray[np.uint8], list[Prompt]]:
-        """(B, H, W, 3) uint8 of the first `count` evaluation prompts along the ODE."""
-        s, prompts = self.config.sampling, self.prompts[1][:count]
+        """(B, H, W, 3) uint8 of `count` evaluation prompts, in turn along the ODE."""
+        s, known = self.config.sampling, self.prompts[1]
+        prompts = [known[i % len(known)] for i in range(count)]
         chunks = []
-        with self.ema.swapped() if self.config.ema.evaluate else torch.no_grad():
+        with self.ema.swapped():
             for start in range(0, len(prompts), s.micro_batch):
                 part = prompts[start : start + s.micro_batch]
-                seeds = [noise_seed(self.config.seed, EVALUATION_STEP, p.id, 0) for p in part]
+                seeds = [noise_seed(self.config.eval.seed, EVALUATION_STEP, p.id, start + i) for i, p in enumerate(part)]
                 out = sample(
                     self.policy,
                     part,
@@ -210,7 +204,7 @@ class Run:
                     sigmas=self.eval_sigmas,
                     shape=self.shape,
                     window=None,
-                    guidance=s.eval_guidance,
+                    guidance=self.config.eval.guidance,
                     micro_batch=s.micro_batch,
                 )
                 chunks.append(out.images_BHWC)
@@ -219,8 +213,7 @@ class Run:
     def accept(self) -> float:
         """max |ratio - 1| of a fresh group under unchanged weights; ConfigError when rounding eats a tenth of the clip range."""
         deviation = ratio_deviation(self.policy, self._sample(self._prompts_of(self.done)[0], 0), self.config.sampling.micro_batch)
-        options = self.config.loss.options
-        limit = min(float(options[k]) for k in ("clip_low", "clip_high")) / 10
+        limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 10
         if not deviation < limit:
             raise ConfigError(
                 f"unchanged weights already move the ratio by {deviation:.2g}, and a tenth of the clip range is {limit:.2g}: "
@@ -239,15 +232,15 @@ class Run:
             "unscored_steps": self.unscored_steps,
             "seed": self.config.seed,
             "fingerprint": self.policy.fingerprint(),
-            "config": self.config.training(),
-            "config_hash": self.config.hash(),
+            "config": checkpoint.training(self.config),
+            "config_hash": checkpoint.config_hash(self.config),
             "sigmas_hash": digest(self.sigmas),
             "reward_versions": self.versions,
         }
         checkpoint.save(self.folder, self.done, tensors, meta)
         if best is not None:
             checkpoint.write_json(self.folder / "checkpoints" / "best.json", {"step": best, "folder": f"step_{best:06d}"})
-        checkpoint.prune(self.folder, self.config.checkpoint.keep, best)
+        checkpoint.prune(self.folder, self.config.checkpoint_keep, best)
 
     def adopt(self, folder: Path) -> None:
         """The weights (and their average) of a checkpoint of the same model."""
@@ -266,8 +259,8 @@ class Run:
         checkpoint.check(
             saved,
             fingerprint=self.policy.fingerprint(),
-            config=c.training(),
-            config_hash=c.hash(),
+            config=checkpoint.training(c),
+            config_hash=checkpoint.config_hash(c),
             sigmas_hash=digest(self.sigmas),
         )
         self._put(saved)
@@ -290,20 +283,21 @@ class Run:
         return sample(
             self.policy,
             [prompt] * c.group.size,
-            [noise_seed(c.seed, self.done, prompt.id, copy) for copy in range(c.group.size)],
+            [noise_seed(c.seed, self.done, prompt.id, n * c.group.size + k) for k in range(c.group.size)],
             sigmas=self.sigmas,
             shape=self.shape,
-            window=window_of(c.seed, self.done, n, s.window.length, s.window.first, s.window.last),
+            window=window_of(c.seed, self.done, n, s.window, s.window_first, s.window_last),
             noise_level=s.noise_level,
             kind=s.kind,
             guidance=s.guidance,
             group=n,
+            start_seeds=[noise_seed(c.seed, self.done, prompt.id, -1 - n)] * c.group.size if s.same_noise else None,
             micro_batch=s.micro_batch,
         )
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of one step: epochs in shuffled order, a function of (seed, step)."""
-        train, count = self.prompts[0], self.config.group.prompts_per_step
+        train, count = self.prompts[0], self.config.group.prompts
         out = []
         for position in range(step * count, (step + 1) * count):
             epoch, place = divmod(position, len(train))
@@ -333,33 +327,33 @@ class Run:
 def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> str:
     """Steps until the recipe's end, an alarm or `stop()`; returns the reason. `tell` sees every line of metrics.
 
-    GaveUp after `scoring.give_up_after` steps in a row without a score, with the run saved.
+    GaveUp after `max_unscored_steps` steps in a row without a score, with the run saved.
     """
     c, evaluations = run.config, run.metrics.evaluations
     run.accept()
     if not evaluations:
         tell(run.evaluate())
-        run.save(alarm.best(evaluations))
+        run.save(best_step(evaluations))
     reason = ""
     while not reason:
         if run.done >= c.steps:
             reason = "finished"
         elif stop():
-            run.save(alarm.best(evaluations))
+            run.save(best_step(evaluations))
             return "interrupted"
         else:
             tell(run.step())
-            if run.unscored_steps >= c.scoring.give_up_after:
-                run.save(alarm.best(evaluations))
+            if run.unscored_steps >= c.max_unscored_steps:
+                run.save(best_step(evaluations))
                 raise GaveUp(
                     f"{run.unscored_steps} steps in a row without a single score from "
                     f"{', '.join(f'{name} ({reward.url})' for name, reward in c.rewards.items())}; see `failures` in "
                     f"{run.metrics.path}. The run is saved: mend the services and start again with --resume."
                 )
             reason = _after(run, evaluations, tell)
-    best = alarm.best(evaluations)
+    best = best_step(evaluations)
     run.adopt(checkpoint.folder_of(run.folder, best))
-    with run.ema.swapped() if c.ema.evaluate else torch.no_grad():
+    with run.ema.swapped():
         run.policy.save_adapter(run.folder / "adapter")
     checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
     return reason
@@ -384,52 +378,39 @@ def _after(run: Run, evaluations: list[dict[str, Any]], tell: Callable[[dict[str
     due = run.done % c.eval.every == 0 or last
     if due:
         tell(run.evaluate())
-        verdict = alarm.judge(evaluations, c.alarm)
-        if verdict.reason is not None:
-            line = {"reason": verdict.reason, "action": c.alarm.action, "best_step": verdict.best_step}
+        raised = alarm.check(evaluations, c.alarm)
+        if raised is not None:
+            line = {"reason": raised.reason, "action": c.alarm.action, "best_step": raised.best_step}
             tell(run.metrics.write("alarm", run.done, line))
-            reason = f"alarm: {verdict.reason}" if c.alarm.action == "stop" else ""
-    if due or run.done % c.checkpoint.every == 0:
-        run.save(alarm.best(evaluations))
+            reason = f"alarm: {raised.reason}" if c.alarm.action == "stop" else ""
+    if due or run.done % c.checkpoint_every == 0:
+        run.save(best_step(evaluations))
     return reason
 
 
-def call(function: Callable[..., Any], values: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """A plug-in takes those of `values` that its parameters name, and the recipe's options."""
-    wanted = inspect.signature(function).parameters
-    return function(**{k: v for k, v in values.items() if k in wanted}, **options)
-
-
-def check_plugins(config: RunConfig) -> tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]:
-    """Loss, KL and advantages of a recipe, their options checked."""
-    loss = resolve("loss", config.loss.use)
-    check_options("loss", loss, LOSS_VALUES, config.loss.options)
-    kl = None
-    if config.kl is not None:
-        kl = resolve("regularizer", config.kl.use)
-        check_options("kl", kl, KL_VALUES, config.kl.options)
-    advantages = resolve("advantages", config.advantages.use)
-    check_options("advantages", advantages, ADVANTAGE_VALUES, config.advantages.options)
-    if config.loss.use == "guard" and config.sampling.kind != "sde":
-        raise ConfigError("loss guard is defined for sampling.kind=sde only")
-    return loss, kl, advantages
+def best_step(evaluations: Sequence[Mapping[str, Any]]) -> int:
+    """Step of the best evaluation so far."""
+    return int(alarm.best(evaluations)["step"])
 
 
 def load_policy(config: RunConfig) -> Any:
     """The policy with its adapter; ConfigError for an option it does not have."""
     kind = resolve("policy", config.policy.use)
-    options = config.policy.options
-    path = options.pop("path", None)
-    if path is None:
-        raise ConfigError("policy needs a path: set policy.path=FOLDER")
+    options = config.policy.options()
+    path = config.policy.path
     try:
-        return kind.load(path, device=config.device, seed=config.seed, **options)
+        return kind.load(path, device=device_of(config), seed=config.seed, **options)
     except ValidationError as error:
-        module = importlib.import_module(kind.__module__)
-        model = next(
-            m for m in vars(module).values() if isinstance(m, type) and m.__name__ == error.title
-        )
-        raise plugin_error("policy", error, model) from error
+        first = error.errors(include_url=False)[0]
+        where = ".".join(["policy", *map(str, first["loc"])])
+        raise ConfigError(f"{where}: {first['msg']}; see {error.title} in {kind.__module__} for the options") from error
+
+
+def device_of(config: RunConfig) -> str:
+    """`auto` is the accelerator where there is one."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_monitors(config: RunConfig) -> Any:
@@ -438,10 +419,10 @@ def load_monitors(config: RunConfig) -> Any:
         return None
     from trainer.honesty import Monitors  # only runs with monitors need them
 
-    return Monitors.load(Path(config.eval.monitors), config.device)
+    return Monitors.load(config.eval.monitors, device_of(config))
 
 
-def read_prompts(paths: Prompts) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompts(paths: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts; ConfigError names the file and the line that cannot be read."""
     out: list[list[Prompt]] = []
     for key, name in (("train", paths.train), ("eval", paths.eval)):
@@ -460,11 +441,11 @@ def read_prompts(paths: Prompts) -> tuple[list[Prompt], list[Prompt]]:
     return out[0], out[1]
 
 
-def summary(scorer: Scorer, rewards: Rewards, *kinds: str) -> dict[str, float | None]:
-    """Mean, std or sem of each reward as its service gave it, and of the signed, weighted total; None where nothing was scored."""
+def summary(scorer: Scorer, rewards: Rewards, first: Mapping[str, Any] | None, *kinds: str) -> dict[str, float | None]:
+    """Mean, std or sem of each reward as its service gave it, and of the total; None where nothing was scored."""
     out: dict[str, float | None] = {}
-    total = scorer.total(rewards.values_RB)
-    rows = {f"reward/{name}/": row for name, row in zip(scorer.names, rewards.values_RB, strict=True)} | {"reward/total_": total}
+    rows = {f"reward/{name}/": row for name, row in zip(scorer.names, rewards.values_RB, strict=True)}
+    rows["reward/total_"] = total(scorer, rewards.values_RB, first)
     for prefix, row in rows.items():
         valid = row[row.isfinite()]
         spread = float(valid.std(correction=1)) if len(valid) > 1 else None
@@ -476,6 +457,23 @@ def summary(scorer: Scorer, rewards: Rewards, *kinds: str) -> dict[str, float | 
         out.update({prefix + kind: numbers[kind] for kind in kinds})
     out["reward/total"] = out["reward/total_mean"]
     return out
+
+
+def total(scorer: Scorer, values_RB: Tensor, first: Mapping[str, Any] | None) -> Tensor:
+    """(B,): the trained reward, higher is better; NaN where a reward with a weight is missing.
+
+    Weighted mean of the rewards in standard deviations of the `first` evaluation, 0 at its mean, so that a logit and a cosine
+    count alike, as in the advantages. Without one the values' own mean and deviation serve.
+    """
+    out = torch.zeros(values_RB.shape[1], dtype=torch.float64)
+    for name, row, sign, weight in zip(scorer.names, values_RB, scorer.signs_R, scorer.weights_R, strict=True):
+        if weight > 0:
+            scored = row[row.isfinite()]
+            held = (first or {}).get(f"reward/{name}/mean"), (first or {}).get(f"reward/{name}/std")
+            mean = held[0] if held[0] is not None else scored.mean()
+            std = held[1] if held[1] is not None else scored.std(correction=1)
+            out += sign * weight * (row - mean) / max(float(std), 1e-9)
+    return out / scorer.weights_R.sum()
 
 
 def digest(tensor: Tensor) -> str:
