@@ -31,9 +31,11 @@ def best(evaluations: Sequence[Evaluation], class_hit_drop: float = 0.01) -> Eva
     if not evaluations:
         raise ValueError("there is no evaluation yet")
     if not _has(evaluations[0], "distance"):
-        return max(evaluations, key=lambda e: e.get("reward/total_mean", -math.inf))
-    floor = evaluations[0].get("class_hit", math.nan) - class_hit_drop
-    good = [e for e in evaluations if not e.get("class_hit", math.nan) < floor] or [evaluations[0]]
+        return max(evaluations, key=lambda e: e["reward/total_mean"] if _has(e, "reward/total_mean") else -math.inf)
+    good = [e for e in evaluations if _has(e, "distance")]
+    if _has(evaluations[0], "class_hit"):
+        floor = evaluations[0]["class_hit"] - class_hit_drop
+        good = [e for e in good if _has(e, "class_hit") and e["class_hit"] >= floor]
     return min(good, key=lambda e: e["distance"])
 
 
@@ -53,18 +55,20 @@ def check(evaluations: Sequence[Evaluation], config: AlarmConfig) -> Alarm | Non
 def suspicion(evaluations: Sequence[Evaluation], config: AlarmConfig) -> str | None:
     """Why the last evaluation looks hacked, or None."""
     first, last, before = evaluations[0], evaluations[-1], evaluations[:-1]
-    if not before or not last["reward/total_mean"] > first["reward/total_mean"]:
+    if not before or not (_has(first, "reward/total_mean") and _has(last, "reward/total_mean")):
+        return None
+    if not last["reward/total_mean"] > first["reward/total_mean"]:
         return None
     worse = []
     if _has(last, "distance"):
-        nearest = min(e["distance"] for e in before)
+        nearest = min((e["distance"] for e in before if _has(e, "distance")), default=math.inf)
         if last["distance"] > config.distance_factor * nearest:
             worse.append(f"the distance to photographs is {last['distance']:.1f}, it was {nearest:.1f}")
     if _has(last, "class_hit"):
-        highest = max(e["class_hit"] for e in before)
+        highest = max((e["class_hit"] for e in before if _has(e, "class_hit")), default=-math.inf)
         if last["class_hit"] < highest - config.class_hit_drop:
             worse.append(f"the class hit is {last['class_hit']:.2f}, it was {highest:.2f}")
-    held_out = [k for k in last if k.startswith("heldout_")]
+    held_out = [k for k in last if k.startswith("heldout_") and _has(last, k) and _has(first, k)]
     fallen = [k for k in held_out if last[k] < first[k] - 0.5]
     if held_out and len(fallen) == len(held_out):
         worse.append("every held-out detector believes the pictures less than at the start")
@@ -75,4 +79,5 @@ def suspicion(evaluations: Sequence[Evaluation], config: AlarmConfig) -> str | N
 
 
 def _has(evaluation: Evaluation, key: str) -> bool:
-    return key in evaluation and math.isfinite(evaluation[key])
+    value = evaluation.get(key)
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,49 @@
+"""Recipes load, overrides land, mistakes are told with the nearest right word."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config import ConfigError, dump, load, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(str(tmp_path / "again.yaml")) == config
+
+
+def test_overrides() -> None:
+    config = load("world", ["steps=3", "rewards.detector.url=http://h:1", "optim.lr=1e-4", "eval.monitors=null"])
+    assert (config.steps, config.rewards["detector"].url, config.optim.lr) == (3, "http://h:1", 1e-4)
+    assert config.eval.monitors is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stepz=3", "steps"),
+        ("optim.lrr=1", "optim.lr"),
+        ("rewards.detector.urll=x", "url"),
+        ("group.size=2", "group.size"),
+        ("steps", "key=value"),
+        ("sampling.window_last=99", "never trained"),
+        ("rewards.detector.weight=-1", "greater than or equal"),
+    ],
+)
+def test_mistakes(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load("world", [override])
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'world'"):
+        load("wrold")
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump([1]))
+    with pytest.raises(ConfigError, match="mapping"):
+        load(str(tmp_path / "list.yaml"))
