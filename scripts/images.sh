@@ -68,8 +68,9 @@ for tool in buildah debootstrap; do
         { say "cannot install $tool; do it by hand: apt-get install $tool"; exit 1; }
 done
 
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-store=(--root "$work/store" --runroot "$work/run")
+export BUILDAH_ISOLATION=chroot
+# vfs mounts nothing, so the folder can go at the end; with --root given, buildah reads no STORAGE_DRIVER.
+store=(--storage-driver vfs --root "$work/store" --runroot "$work/run")
 free=$(df -Pk "$work" | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free" -ge 20 ] || { say "$work has $free GiB free and the build takes up to 20; name another place in VERISM_IMAGES_WORK"; exit 1; }
 
