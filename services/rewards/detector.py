@@ -1,8 +1,8 @@
 """Is this a photograph? Features of a pretrained timm backbone, and a linear head that was fitted on samples of a generator.
 
 Serve it with `detector: {use: detector, folder: world/detector}`. The folder holds `config.json` (below) and
-`model.safetensors`: head.weight (D,), head.bias (), domain.mean (D,), domain.axes (K, D), domain.scale (K,),
-domain.residual (). A picture whose features lie farther from the fitted ones than `domain_limit` gets `in_domain: false`: its score is an extrapolation.
+`model.safetensors`: head.weight (D,), head.bias (), domain.mean (D,), domain.axes (K, D), domain.scale (K,). A
+picture whose features lie nearer to or farther from the fitted ones' mean than `domain_range` gets `in_domain: false`: its score is an extrapolation.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class DetectorConfig(BaseModel):
     size: int = Field(ge=16, le=1024, description="side in pixels of the square that the backbone sees")
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    domain_limit: float = Field(gt=0, description="largest distance of in-domain features, in standard deviations per axis")
+    domain_range: tuple[float, float] = Field(description="smallest and largest distance of in-domain features")
     version: int = 1
     preprocessing: str = "bicubic-antialias-1"
     licence: str
@@ -117,15 +117,12 @@ class Backbone:
 
 
 def domain_distance(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """How far features (B, D) lie from those of the fit, (B,) >= 0, about 1 inside.
+    """Mahalanobis distance of features (B, D) from those of the fit, over root K: (B,) >= 0, about 1 inside.
 
-    The larger of two distances: along the fit's K principal axes (root mean square, in standard deviations), and off them
-    (relative to the root mean square of the fit).
+    The axes of small variance count most: that is where pictures of another kind stand out (Lee, 1807.03888).
     """
-    centred = features - tensors["domain.mean"]
-    along = centred @ tensors["domain.axes"].T
-    off = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt() / tensors["domain.residual"]
-    return torch.maximum((along / tensors["domain.scale"]).square().mean(1).sqrt(), off)
+    along = (features - tensors["domain.mean"]) @ tensors["domain.axes"].float().T
+    return (along / tensors["domain.scale"]).square().mean(1).sqrt()
 
 
 class Detector:
@@ -159,6 +156,6 @@ class Detector:
         features = self.backbone.features([item.image for item in batch])
         logits = features @ self._t["head.weight"] + self._t["head.bias"]
         distance = domain_distance(features, self._t)
-        limit = self.backbone.config.domain_limit
+        low, high = self.backbone.config.domain_range
         rows = torch.stack([logits.double().sigmoid(), logits.double(), distance.double()], 1).cpu().tolist()
-        return [Score.ok(p, parts={"logit": z, "domain_distance": d}, in_domain=d <= limit) for p, z, d in rows]
+        return [Score.ok(p, parts={"logit": z, "domain_distance": d}, in_domain=low <= d <= high) for p, z, d in rows]

