@@ -104,7 +104,7 @@ def show_scores(urls: Mapping[str, str], out: Path, console: Console) -> None:
     """Photographs and pictures of the untrained policy, scored over HTTP; and the same by curl."""
     images, labels = photographs.load("test")
     names = {line["class"]: line["class_name"] for line in _lines(ROOT / "world" / "prompts" / "train.jsonl")}
-    real = np.repeat(images[:4, ..., None], 3, axis=-1)
+    real = images[:4]
     prompts = [f"a photo of a {names[int(label)]}" for label in labels[:4]]
     noise = np.random.default_rng(0).integers(0, 256, real[:1].shape, dtype=np.uint8)
     rows = [("photograph", image, text) for image, text in zip(real, prompts, strict=True)]

@@ -114,7 +114,6 @@ def _train(args: argparse.Namespace, console: Console) -> int:
                 f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True
             )
             return 0
-    _quiet()
     from trainer import loop  # torch loads only once the command line is right
 
     if args.dry_run:
@@ -258,7 +257,6 @@ def _short(line: dict[str, Any], keys: Sequence[str]) -> str:
 
 def _evaluate(args: argparse.Namespace, console: Console) -> int:
     what: Path = args.what
-    _quiet()
     from trainer import loop
 
     if (what / "model_index.json").is_file():
@@ -290,15 +288,6 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
     console.print(table)
     console.print(f"{out / name}.json, {out / name}.png", soft_wrap=True)
     return 0
-
-
-def _quiet() -> None:
-    """No progress bars of the libraries beside our own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _best(run: Path) -> int:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from trainer import alarm, checkpoint
 from trainer.config import ConfigError, PromptsConfig, RunConfig, dump
@@ -394,7 +396,9 @@ def best_step(evaluations: Sequence[Mapping[str, Any]]) -> int:
 
 
 def load_policy(config: RunConfig) -> Any:
-    """The policy with its adapter; ConfigError for an option it does not have."""
+    """The policy with its adapter; ConfigError for an option it does not have. The libraries' own progress bars stay off."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     kind = resolve("policy", config.policy.use)
     options = config.policy.options()
     path = config.policy.path
