@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from trainer import alarm, checkpoint
 from trainer.config import ConfigError, PromptsConfig, RunConfig, dump
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, read
 from trainer.policies.ema import EMA
 from trainer.registry import resolve
 from trainer.sampling.rollout import noise_seed, ratio_deviation, replay, sample, window_of
@@ -368,6 +368,8 @@ def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[st
         try:
             if run_folder is not None:
                 run.adopt(checkpoint.folder_of(run_folder, step))
+                told = [line for line in read(run_folder / "metrics.jsonl") if line["kind"] == "eval"]
+                run.metrics.evaluations.extend(told[:1])  # the total is measured against the run's own start
             return run.measure()
         finally:
             run.close()

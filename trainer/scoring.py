@@ -6,7 +6,7 @@ A group's request is in flight while the next group is sampled. What could not b
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -47,8 +47,8 @@ class Scorer:
 
     def submit(self, images: NDArray[np.uint8], prompts: Sequence[str], group: str) -> "Future[ScoreTable]":
         """Start scoring pictures (B, H, W, 3) of one group and return at once."""
-        future: Future[ScoreTable] = self._client.submit(list(images), list(prompts), [group] * len(prompts))
-        return future
+        future: Any = self._client.submit(list(images), list(prompts), [group] * len(prompts))
+        return cast("Future[ScoreTable]", future)
 
     def collect(self, futures: Sequence["Future[ScoreTable]"]) -> Rewards:
         """Wait for groups; their columns stand in the order of `futures`."""
