@@ -1,7 +1,7 @@
 """Two commands: serve rewards, and score pictures.
 
-    verism-serve examples/serve/world.yaml
-    verism-score picture.jpg --prompt "a photo of a bag"
+verism-serve examples/serve/world.yaml
+verism-score picture.jpg --prompt "a photo of a bag"
 """
 
 import argparse
@@ -151,7 +151,10 @@ def score(argv: Sequence[str] | None = None) -> int:
 
 
 def _requests(items: list[ScoreItem], names: list[str] | None) -> list[ScoreRequest]:
-    return [ScoreRequest(request_id=f"cli-{start}", rewards=names, items=items[start : start + 32]) for start in range(0, len(items), 32)]
+    return [
+        ScoreRequest(request_id=f"cli-{start}", rewards=names, items=items[start : start + 32])
+        for start in range(0, len(items), 32)
+    ]
 
 
 def _remote(arguments: argparse.Namespace, items: list[ScoreItem], names: list[str] | None) -> list[ItemAnswer]:
@@ -168,7 +171,9 @@ def _remote(arguments: argparse.Namespace, items: list[ScoreItem], names: list[s
                 trust_env=False,
             )
         except httpx.HTTPError as error:
-            raise ValueError(f"no service answers at {arguments.url}: start one with `verism-serve`, or leave --url away") from error
+            raise ValueError(
+                f"no service answers at {arguments.url}: start one with `verism-serve`, or leave --url away"
+            ) from error
         if answer.status_code != 200:
             raise ValueError(f"{arguments.url} refused: {answer.json().get('title', answer.status_code)}")
         answers += wire.parse_answer(answer.content, wire.MSGPACK).items

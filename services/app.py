@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from services.config import ServiceConfig
 from services.registry import resolve
 from services.reward import Item, Reward
 from services.scheduler import Admission, Batch, Lane
-from services.worker import score_batch
+from services.worker import pick_device, score_batch
 from shared import wire
 from shared.errors import (
     BadImage,
@@ -67,9 +67,7 @@ class Metrics:
         self.bytes_in = Counter(p + "bytes_in", "bytes of request bodies", registry=r)
         self.bisected = Counter(p + "bisect", "batches split to find a failing item", ["reward"], registry=r)
         self.version = Gauge(p + "weights_version", "version of the weights", ["reward"], registry=r)
-        self.score = Histogram(
-            p + "score", "scores, for drift", ["reward"], buckets=[i / 20 for i in range(-20, 21)], registry=r
-        )
+        self.score = Histogram(p + "score", "scores, for drift", ["reward"], buckets=[i / 20 for i in range(-20, 21)], registry=r)
 
 
 @dataclass
@@ -134,18 +132,6 @@ def _lane(name: str, reward: Reward, cap: int, metrics: Metrics) -> Lane[Item, S
     return lane
 
 
-def pick_device(wish: str) -> str:
-    """`auto` is cuda where there is one. Asked of the process's torch only if a reward has loaded it."""
-    if wish != "auto":
-        return wish
-    import importlib.util
-
-    if importlib.util.find_spec("torch") is None:
-        return "cpu"
-    torch = importlib.import_module("torch")
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """The body, never more than `limit` bytes in memory, never later than `timeout_s`."""
     too_large = f"the body is larger than {limit / 2**20:.0f} MiB: send fewer or smaller pictures"
@@ -176,7 +162,7 @@ async def parse(headers: Headers, body: bytes) -> tuple[wire.Parsed, str]:
     if kind == wire.MSGPACK:
         return wire.parse_msgpack(body), kind
 
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:
@@ -317,7 +303,9 @@ def create_app(config: ServiceConfig) -> FastAPI:
         "/score",
         response_model=ScoreAnswer,
         openapi_extra=_REQUEST_BODY,
-        responses={c: {"content": {PROBLEM: {"schema": Problem.model_json_schema()}}, "description": d} for c, d in _PROBLEMS.items()},
+        responses={
+            c: {"content": {PROBLEM: {"schema": Problem.model_json_schema()}}, "description": d} for c, d in _PROBLEMS.items()
+        },
         summary="Score pictures",
     )
     @app.post("/v1/score", include_in_schema=False)
@@ -342,7 +330,9 @@ def create_app(config: ServiceConfig) -> FastAPI:
         for name in names:
             if state.rewards[name].parts:
                 by_name[name] = [
-                    item if isinstance(item, Score) else state.rewards[name].reward.compose({p: by_name[p][i] for p in plain if p in by_name})
+                    item
+                    if isinstance(item, Score)
+                    else state.rewards[name].reward.compose({p: by_name[p][i] for p in plain if p in by_name})
                     for i, item in enumerate(items)
                 ]
         done = time.perf_counter()
@@ -507,4 +497,3 @@ _REQUEST_BODY: dict[str, Any] = {
         },
     }
 }
-

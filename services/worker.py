@@ -28,3 +28,14 @@ def score_batch(reward: Reward, items: Sequence[Item], bisected: list[int] | Non
             bisected.append(len(items))
         half = len(items) // 2
         return score_batch(reward, items[:half], bisected) + score_batch(reward, items[half:], bisected)
+
+
+def pick_device(wish: str) -> str:
+    """`auto` is cuda where torch is installed and sees one, else cpu; anything else is taken as it is."""
+    if wish != "auto":
+        return wish
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -168,7 +168,7 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding = "rgb8") -> ImageData:
     else:
         buffer = io.BytesIO()
         options: dict[str, int | bool] = {"webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}.get(encoding, {})  # type: ignore[assignment]
-        Image.fromarray(pixels).save(buffer, _PIL_FORMATS[encoding], **options)  # type: ignore[arg-type]
+        Image.fromarray(pixels).save(buffer, _PIL_FORMATS[encoding], **options)
         data = buffer.getvalue()
     return ImageData(encoding=encoding, height=height, width=width, data=data)
 

@@ -52,9 +52,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the run folder"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check, print the configuration and stop")
     args = parser.parse_args(argv)
     console = Console()
@@ -72,18 +70,14 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         default="world",
         help="whose prompts, sampling and services judge a policy (default: world)",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation")
     args = parser.parse_args(argv)
     console = Console()
     return _guarded(console, lambda: _evaluate(args, console))
 
 
 def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return argparse.ArgumentParser(name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _guarded(console: Console, work: Callable[[], int]) -> int:
@@ -104,15 +98,11 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     config = load(args.recipe, args.overrides)
     folder: Path = args.run_dir or Path("runs") / config.name
     if (folder / "metrics.jsonl").exists() and not args.resume and not args.dry_run:
-        raise ConfigError(
-            f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it"
-        )
+        raise ConfigError(f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it")
     if args.resume and not args.dry_run and (folder / "done.json").exists():
         done = json.loads((folder / "done.json").read_text())
         if done["reason"] == "finished" and checkpoint.steps(folder)[-1] >= config.steps:
-            console.print(
-                f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True
-            )
+            console.print(f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True)
             return 0
     from trainer import loop  # torch loads only once the command line is right
 
@@ -166,9 +156,7 @@ class _Stop:
         return self.asked
 
     def __enter__(self) -> "_Stop":
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -213,9 +201,7 @@ class _Screen:
                 self.profiled = True
                 self._print(_profile(line))
             if line["skipped"]:
-                self._print(
-                    f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}"
-                )
+                self._print(f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}")
         elif line["kind"] == "eval":
             self._print(f"evaluation after step {line['step']}: {_short(line, _shown(line))}")
         else:
@@ -242,17 +228,11 @@ def _profile(line: dict[str, Any]) -> str:
 
 
 def _shown(line: dict[str, Any]) -> list[str]:
-    return [
-        k
-        for k in line
-        if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")
-    ]
+    return [k for k in line if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")]
 
 
 def _short(line: dict[str, Any], keys: Sequence[str]) -> str:
-    return "  ".join(
-        f"{key.removesuffix('/mean')} {line[key]:.3g}" for key in keys if line.get(key) is not None
-    )
+    return "  ".join(f"{key.removesuffix('/mean')} {line[key]:.3g}" for key in keys if line.get(key) is not None)
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> int:
@@ -267,9 +247,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         run_folder = what
         step = args.step if args.step is not None else _best(what)
         if step not in checkpoint.steps(what):
-            raise ConfigError(
-                f"no checkpoint after step {step} in {what}; there are {checkpoint.steps(what)}"
-            )
+            raise ConfigError(f"no checkpoint after step {step} in {what}; there are {checkpoint.steps(what)}")
     else:
         raise ConfigError(f"{what} is neither a run folder (config.yaml) nor a policy (model_index.json)")
     out: Path = args.out if run_folder is None else run_folder / "evaluations"

@@ -43,10 +43,7 @@ def check(evaluations: Sequence[Evaluation], config: AlarmConfig) -> Alarm | Non
     """An alarm when the last `patience` evaluations are all suspicious."""
     if config.action == "off" or len(evaluations) <= config.patience:
         return None
-    reasons = [
-        suspicion(evaluations[: i + 1], config)
-        for i in range(len(evaluations) - config.patience, len(evaluations))
-    ]
+    reasons = [suspicion(evaluations[: i + 1], config) for i in range(len(evaluations) - config.patience, len(evaluations))]
     if not all(reasons):
         return None
     return Alarm(int(evaluations[-1]["step"]), str(reasons[-1]), int(best(evaluations)["step"]))

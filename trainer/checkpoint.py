@@ -35,9 +35,7 @@ class Saved:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix/`, without it."""
-        return {
-            k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")
-        }
+        return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -48,16 +46,10 @@ def folder_of(run: Path, step: int) -> Path:
 def flatten(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimiser's state as tensors `NAME/KEY`."""
     by_id = {id(p): name for name, p in names.items()}
-    return {
-        f"{by_id[id(p)]}/{key}": torch.as_tensor(value)
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    return {f"{by_id[id(p)]}/{key}": torch.as_tensor(value) for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def unflatten(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]
-) -> None:
+def unflatten(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]) -> None:
     """Put back what `flatten` took."""
     for path, value in flat.items():
         name, _, key = path.rpartition("/")
@@ -72,9 +64,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str,
     building = final.with_name(f".{final.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, building / "state.safetensors"
-    )
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, building / "state.safetensors")
     (building / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
     for path in (building / "state.safetensors", building / "meta.json", building):
         sync(path)
@@ -105,9 +95,7 @@ def read(folder: Path) -> Saved:
 
 def steps(run: Path) -> list[int]:
     """Steps that have a checkpoint, in order."""
-    return sorted(
-        int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*") if p.is_dir()
-    )
+    return sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*") if p.is_dir())
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
@@ -152,28 +140,18 @@ def check_model(saved: Saved, fingerprint: str) -> None:
         )
 
 
-def check(
-    saved: Saved, *, fingerprint: str, config: Mapping[str, Any], config_hash: str, sigmas_hash: str
-) -> None:
+def check(saved: Saved, *, fingerprint: str, config: Mapping[str, Any], config_hash: str, sigmas_hash: str) -> None:
     """CheckpointError unless the checkpoint belongs to this model, this configuration and this noise schedule."""
     check_model(saved, fingerprint)
     meta = saved.meta
     if meta["config_hash"] != config_hash:
         was, now = _flat(meta["config"]), _flat(config)
-        changes = [
-            f"{k}: {was.get(k)!r} -> {now.get(k)!r}"
-            for k in sorted(was.keys() | now.keys())
-            if was.get(k) != now.get(k)
-        ]
+        changes = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
         raise CheckpointError(
-            "the checkpoint belongs to another configuration: "
-            + "; ".join(changes)
-            + ". Undo that, or take another --run-dir."
+            "the checkpoint belongs to another configuration: " + "; ".join(changes) + ". Undo that, or take another --run-dir."
         )
     if meta["sigmas_hash"] != sigmas_hash:
-        raise CheckpointError(
-            "the noise schedule differs from the checkpoint's: another diffusers version or scheduler config?"
-        )
+        raise CheckpointError("the noise schedule differs from the checkpoint's: another diffusers version or scheduler config?")
 
 
 def sync(path: Path) -> None:
@@ -188,8 +166,4 @@ def sync(path: Path) -> None:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        k: v
-        for key, inner in value.items()
-        for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

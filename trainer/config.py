@@ -53,15 +53,11 @@ class SamplingConfig(Frozen):
     window_last: int = Field(default=5, ge=1)
     kind: Literal["sde", "dance", "cps"] = "sde"
     noise_level: float = Field(default=0.7, gt=0)
-    same_noise: bool = Field(
-        default=False, description="members of a group start from one noise and differ by the window alone"
-    )
+    same_noise: bool = Field(default=False, description="members of a group start from one noise and differ by the window alone")
     guidance: float = Field(default=1.0, ge=0)
     height: int = Field(default=512, ge=8)
     width: int = Field(default=512, ge=8)
-    micro_batch: int = Field(
-        default=16, ge=1, description="pictures per forward pass, in sampling and in training alike"
-    )
+    micro_batch: int = Field(default=16, ge=1, description="pictures per forward pass, in sampling and in training alike")
 
 
 class GroupConfig(Frozen):
@@ -69,16 +65,12 @@ class GroupConfig(Frozen):
 
     prompts: int = Field(default=8, ge=1)
     size: int = Field(default=8, ge=2)
-    allow_small: bool = Field(
-        default=False, description="train with groups of fewer than 4, whose z-scores are mostly noise"
-    )
+    allow_small: bool = Field(default=False, description="train with groups of fewer than 4, whose z-scores are mostly noise")
 
     @model_validator(mode="after")
     def _large_enough(self) -> "GroupConfig":
         if self.size < 4 and not self.allow_small:
-            raise ValueError(
-                "group.size below 4 gives z-scores that are mostly noise; raise it or set group.allow_small=true"
-            )
+            raise ValueError("group.size below 4 gives z-scores that are mostly noise; raise it or set group.allow_small=true")
         return self
 
 
@@ -117,9 +109,7 @@ class OptimConfig(Frozen):
     weight_decay: float = Field(default=1e-4, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    updates: int = Field(
-        default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter"
-    )
+    updates: int = Field(default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter")
 
 
 class EMAConfig(Frozen):
@@ -132,9 +122,7 @@ class EvalConfig(Frozen):
     samples: int = Field(default=200, ge=2)
     steps: int = Field(default=10, ge=2)
     guidance: float = Field(default=1.0, ge=0)
-    monitors: Path | None = Field(
-        default=None, description="folder of held-out detectors and features; null for none"
-    )
+    monitors: Path | None = Field(default=None, description="folder of held-out detectors and features; null for none")
     grid: int = Field(default=40, ge=1)
     seed: int = 1234
 
@@ -164,9 +152,7 @@ class RunConfig(Frozen):
     group: GroupConfig = GroupConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     reward_timeout_s: float = Field(default=120.0, gt=0)
-    max_unscored_steps: int = Field(
-        default=5, ge=1, description="stop after so many steps in a row without a single score"
-    )
+    max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     kl: KLConfig = KLConfig()
@@ -203,9 +189,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         near = difflib.get_close_matches(recipe, recipe_names(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"no recipe {recipe!r}; {hint}known: {', '.join(recipe_names())}, or the path of a YAML file"
-        )
+        raise ConfigError(f"no recipe {recipe!r}; {hint}known: {', '.join(recipe_names())}, or the path of a YAML file")
     raw = yaml.safe_load(path.read_text())
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a recipe: it should be a mapping of keys")
@@ -226,9 +210,7 @@ def validate(raw: dict[str, Any], source: str) -> RunConfig:
         known = _fields_at(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         hint = (
-            f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
-            if near
-            else f"known there: {', '.join(known)}"
+            f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?" if near else f"known there: {', '.join(known)}"
         )
         raise ConfigError(f"{source}: unknown key {where!r}; {hint}") from error
 
@@ -248,9 +230,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(
-            f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001"
-        )
+        raise ConfigError(f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001")
     *path, last = key.split(".")
     target = raw
     for part in path:

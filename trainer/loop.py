@@ -433,14 +433,14 @@ def read_prompts(paths: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
     out: list[list[Prompt]] = []
     for key, name in (("train", paths.train), ("eval", paths.eval)):
         if not Path(name).is_file():
-            raise ConfigError(f"prompts.{key}: no file {name} here ({Path.cwd()}); lines are {{\"id\": 0, \"prompt\": \"...\"}}")
+            raise ConfigError(f'prompts.{key}: no file {name} here ({Path.cwd()}); lines are {{"id": 0, "prompt": "..."}}')
         prompts = []
         for number, line in enumerate(Path(name).read_text().splitlines(), 1):
             try:
                 raw = json.loads(line)
                 prompts.append(Prompt(int(raw.pop("id")), str(raw.pop("prompt")), raw))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ConfigError(f"{name}, line {number}: write {{\"id\": 0, \"prompt\": \"...\"}}") from error
+                raise ConfigError(f'{name}, line {number}: write {{"id": 0, "prompt": "..."}}') from error
         if not prompts:
             raise ConfigError(f"{name} holds no prompts")
         out.append(prompts)

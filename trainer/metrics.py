@@ -18,9 +18,7 @@ class Metrics:
 
     def __init__(self, run: Path, resume_at: int | None = None) -> None:
         self.path = run / "metrics.jsonl"
-        kept = (
-            [line for line in read(self.path) if line["step"] <= resume_at] if resume_at is not None else []
-        )
+        kept = [line for line in read(self.path) if line["step"] <= resume_at] if resume_at is not None else []
         beside = self.path.with_name(".metrics.building")
         beside.write_text("".join(_line(line) for line in kept))
         beside.replace(self.path)

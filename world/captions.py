@@ -50,9 +50,7 @@ def caption(wording: str, template: str) -> str:
 
 def all_captions(wordings: Sequence[Sequence[str]], templates: Sequence[str]) -> list[tuple[str, int]]:
     """Every (caption, class)."""
-    return [
-        (caption(w, t), c) for c, words in enumerate(wordings) for w, t in itertools.product(words, templates)
-    ]
+    return [(caption(w, t), c) for c, words in enumerate(wordings) for w, t in itertools.product(words, templates)]
 
 
 def sample(class_index: int, rng: random.Random) -> str:

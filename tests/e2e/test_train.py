@@ -48,8 +48,7 @@ def until_step(process: "subprocess.Popen[str]", folder: Path, step: int) -> Non
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))}
-        for line in read(folder / "metrics.jsonl")
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
     ]
 
 
@@ -84,7 +83,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["wrold"], "did you mean 'world'"), (["world", "stepz=3"], "'steps'"), (["world", "rewards.detector.url=http://127.0.0.1:9"], "verism-serve")],
+    [
+        (["wrold"], "did you mean 'world'"),
+        (["world", "stepz=3"], "'steps'"),
+        (["world", "rewards.detector.url=http://127.0.0.1:9"], "verism-serve"),
+    ],
 )
 def test_mistakes_end_with_status_2_and_no_traceback(root: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     status, output = finish(start(root, *arguments, "--run-dir", str(tmp_path / "run")))

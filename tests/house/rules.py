@@ -62,11 +62,7 @@ def violations(path: str, source: str) -> list[str]:
     package = ".".join(Path(path).with_suffix("").parts[:-1])
     found = []
     for line, name in imports(source, package):
-        found += [
-            f"{path}:{line} imports {name}: {path} may not import {b}"
-            for b in sorted(banned)
-            if within(name, b)
-        ]
+        found += [f"{path}:{line} imports {name}: {path} may not import {b}" for b in sorted(banned) if within(name, b)]
     return found
 
 
@@ -80,10 +76,6 @@ def unsafe_loads(path: str, source: str) -> list[str]:
         owner = getattr(node.func.value, "id", "")
         if node.func.attr == "load" and owner == "torch" and said.get("weights_only") is not True:
             found.append(f"{path}:{node.lineno} torch.load runs code from the file: pass weights_only=True")
-        if (
-            node.func.attr == "load"
-            and owner in ("np", "numpy")
-            and said.get("allow_pickle", False) is not False
-        ):
+        if node.func.attr == "load" and owner in ("np", "numpy") and said.get("allow_pickle", False) is not False:
             found.append(f"{path}:{node.lineno} numpy.load with allow_pickle runs code from the file")
     return found

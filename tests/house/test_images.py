@@ -149,14 +149,10 @@ def test_each_process_of_the_compose_file_becomes_healthy(
     assert not healthy(), "the health check passes with nothing running"
     log = tmp_path / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            service["command"], cwd=root, env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(service["command"], cwd=root, env=environment, stdout=output, stderr=output)
     running.append(process)
     deadline = time.monotonic() + 180
-    while (
-        subprocess.run(check, env=environment, capture_output=True, timeout=20, check=False).returncode != 0
-    ):
+    while subprocess.run(check, env=environment, capture_output=True, timeout=20, check=False).returncode != 0:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
@@ -172,9 +168,7 @@ def test_each_process_of_the_compose_file_becomes_healthy(
 
 @pytest.mark.images
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(
-    os.environ.get("VERISM_IMAGES") != "1", reason="builds images for minutes: set VERISM_IMAGES=1"
-)
+@pytest.mark.skipif(os.environ.get("VERISM_IMAGES") != "1", reason="builds images for minutes: set VERISM_IMAGES=1")
 def test_both_images_build_and_run(root: Path) -> None:
     if not (shutil.which("docker") or (shutil.which("buildah") and shutil.which("debootstrap"))):
         pytest.skip("needs Docker, or buildah and debootstrap")

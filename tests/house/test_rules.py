@@ -29,9 +29,7 @@ def test_imports_follow_the_table(root: Path) -> None:
 
 
 def test_nothing_unpickles(root: Path) -> None:
-    found = [
-        v for path in sources(root) for v in unsafe_loads(path.relative_to(root).as_posix(), path.read_text())
-    ]
+    found = [v for path in sources(root) for v in unsafe_loads(path.relative_to(root).as_posix(), path.read_text())]
     assert not found, "\n".join(found)
 
 
@@ -91,6 +89,4 @@ def test_the_repository_stays_small(root: Path) -> None:
     sizes = {path: path.stat().st_size for path in tracked(root)}
     largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
     total = sum(sizes.values()) / 1e6
-    assert total < LIMIT_MB, (
-        f"{total:.1f} MB; largest: {[(str(p.relative_to(root)), sizes[p]) for p in largest]}"
-    )
+    assert total < LIMIT_MB, f"{total:.1f} MB; largest: {[(str(p.relative_to(root)), sizes[p]) for p in largest]}"

@@ -12,9 +12,7 @@ import verism_torchvision as mend
 
 
 @pytest.fixture
-def fake_torchvision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[importlib.machinery.ModuleSpec]:
+def fake_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[importlib.machinery.ModuleSpec]:
     (tmp_path / "__init__.py").write_text("")
     spec = importlib.machinery.ModuleSpec("torchvision", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", lambda *_: spec)

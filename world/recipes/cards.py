@@ -66,7 +66,11 @@ def measure() -> dict[str, float]:
     train, train_classes = photographs.load("train")
     like = monitors.measure(train[:COUNT], train_classes[:COUNT].tolist())
     out |= {"photographs_distance": like["distance"], "photographs_kernel_distance": like["kernel_distance"]}
-    for name, images, asked in (("policy", plain, wanted), ("policy_guidance_2", guided, wanted), ("policy_heldout", unseen, unseen_wanted)):
+    for name, images, asked in (
+        ("policy", plain, wanted),
+        ("policy_guidance_2", guided, wanted),
+        ("policy_heldout", unseen, unseen_wanted),
+    ):
         seen = monitors.measure(images, asked)
         out |= {f"{name}_{key}": seen[key] for key in ("distance", "kernel_distance", "class_hit")}
     for name, source in (("alignment", captions.WORDINGS), ("alignment_heldout", captions.HELD_OUT)):

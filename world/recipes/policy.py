@@ -207,7 +207,13 @@ def sample(pipe: StableDiffusion3Pipeline, prompts: list[str], seed: int, steps:
         chunk = prompts[start : start + 128]
         generator = torch.Generator().manual_seed(seed * 100_003 + start)
         out = pipe(
-            chunk, num_inference_steps=steps, guidance_scale=guidance, height=28, width=28, generator=generator, output_type="np",
+            chunk,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=28,
+            width=28,
+            generator=generator,
+            output_type="np",
             max_sequence_length=T5_TOKENS,
         )
         pictures.append((out.images * 255).round().astype(np.uint8))

@@ -43,8 +43,7 @@ def run(config: RunConfig, folder: Path, resume: bool = False, **options: Any) -
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The metrics without wall-clock times."""
     return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))}
-        for line in read(folder / "metrics.jsonl")
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
     ]
 
 
@@ -128,9 +127,7 @@ def test_another_configuration_is_refused_by_name(service: Service, tmp_path: Pa
         loop.Run(config(service.url, optim={"lr": 0.5}), tmp_path / "run", resume=True)
 
 
-def test_rounding_that_eats_the_clip_range_is_refused(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounding_that_eats_the_clip_range_is_refused(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "ratio_deviation", lambda *_: 0.01)
     made = loop.Run(config(service.url), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"policy\.dtype=float32"):
