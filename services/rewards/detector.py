@@ -2,7 +2,8 @@
 
 Serve it with `detector: {use: detector, folder: world/detector}`. The folder holds `config.json` (below) and
 `model.safetensors`: head.weight (D,), head.bias (), domain.mean (D,), domain.axes (K, D), domain.scale (K,). A
-picture whose features lie nearer to or farther from the fitted ones' mean than `domain_range` gets `in_domain: false`: its score is an extrapolation.
+picture whose features lie nearer to or farther from the fitted ones' mean than `domain_range` gets `in_domain: false`: its
+score is an extrapolation.
 """
 
 import hashlib

@@ -49,7 +49,8 @@ def step(
     """One step from sigmas[index] to sigmas[index + 1] for latents of any shape (B, ...).
 
     Give `noise` to draw x' or `prev` to judge a given x' (it is detached). `ode` has no log-probability (None), nor
-    has a batch with a step of zero deviation (cps excepted). Raises ValueError for an unknown kind or when neither or both of `noise` and `prev` are given.
+    has a batch with a step of zero deviation (cps excepted). Raises ValueError for an unknown kind or when neither or both
+    of `noise` and `prev` are given.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of step {kind!r}; known: {', '.join(KINDS)}")
