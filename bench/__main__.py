@@ -1,0 +1,21 @@
+"""Run benchmarks: `make bench`, or `python -m bench http --rounds 5`."""
+
+import argparse
+import sys
+
+from bench import http
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "name", nargs="?", choices=["http"], default="http", help="http: the detector through HTTP against a plain loop"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; the median counts (default 5)")
+    parser.add_argument("--pictures", type=int, default=256, help="pictures per round and way (default 256)")
+    arguments = parser.parse_args()
+    return http.run(arguments.rounds, arguments.pictures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What HTTP costs: the same detector in a plain loop, in plain batches, and behind the service, in one run.
+
+Every way scores the same photographs with the same number of threads. Plain ways run in a child process of their own, the
+service in another, the client here; rounds are interleaved, and the median counts.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from shared.client import RewardClient
+from world import photographs
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+BATCH = 32
+PLAIN = """
+import sys, time
+from world import photographs
+from services.reward import Item
+from services.rewards.detector import Detector
+detector = Detector.load("detector", {"folder": "world/detector"}, "cpu")
+items = [Item(p) for p in photographs.load("test")[0][:int(sys.argv[1])]]
+for line in sys.stdin:
+    size = int(line)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for start in range(0, len(items), size):
+        detector.score(items[start : start + size])
+    print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+"""
+
+
+def run(rounds: int, pictures: int) -> int:
+    """Measure, print a table, write bench/results/http.json."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        json.dump(
+            {"threads": 1, "rewards": {"detector": {"use": "detector", "folder": "world/detector", "batch_cap": BATCH}}}, config
+        )
+        config.flush()
+        quiet: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT, "stderr": subprocess.DEVNULL}
+        server = subprocess.Popen(
+            [sys.executable, "-m", "services", config.name, "--port", str(port)], stdout=subprocess.DEVNULL, **quiet
+        )
+        plain = subprocess.Popen(
+            [sys.executable, "-c", PLAIN, str(pictures)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **quiet
+        )
+        try:
+            _wait(f"http://127.0.0.1:{port}")
+            images = list(photographs.load("test")[0][:pictures])
+            ways: dict[str, list[tuple[float, float]]] = {}
+            for _ in track(range(rounds + 1), description="rounds (the first warms up)"):
+                for size, name in ((1, "plain loop"), (BATCH, "plain batches")):
+                    ways.setdefault(name, []).append(_plain(plain, size))
+                for size, name in ((BATCH, "HTTP, requests of 32"), (1, "HTTP, 32 requests of 1 at a time")):
+                    ways.setdefault(name, []).append(_http(server, f"http://127.0.0.1:{port}", images, size))
+        finally:
+            server.terminate()
+            plain.terminate()
+            server.wait(30)
+            plain.wait(30)
+    return _show({name: values[1:] for name, values in ways.items()}, pictures)
+
+
+def _wait(url: str) -> None:
+    for _ in range(300):
+        try:
+            if httpx.get(f"{url}/readyz", timeout=60, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise RuntimeError("the service did not start; try `verism-serve examples/serve/detector.yaml` to see why")
+
+
+def _plain(process: subprocess.Popen[str], size: int) -> tuple[float, float]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{size}\n")
+    process.stdin.flush()
+    wall, cpu = process.stdout.readline().split()
+    return float(wall), float(cpu)
+
+
+def _http(server: subprocess.Popen[bytes], url: str, images: list[np.ndarray], size: int) -> tuple[float, float]:
+    """32 pictures in flight at any time, in requests of `size`; wall seconds, and CPU seconds of the server."""
+    watched = psutil.Process(server.pid)
+
+    async def work() -> float:
+        async with RewardClient({"detector": url}) as client:
+            gate = asyncio.Semaphore(BATCH // size if size < BATCH else 2)
+
+            async def one(start: int) -> None:
+                async with gate:
+                    table = await client.score(images[start : start + size])
+                    assert table.mask_RB.all(), table.failures
+
+            began = time.perf_counter()
+            await asyncio.gather(*(one(start) for start in range(0, len(images), size)))
+            return time.perf_counter() - began
+
+    before = sum(watched.cpu_times()[:2])
+    wall = asyncio.run(work())
+    return wall, sum(watched.cpu_times()[:2]) - before
+
+
+def _show(ways: dict[str, list[tuple[float, float]]], pictures: int) -> int:
+    table = Table("way", "images/s (median)", "min to max", "of plain batches", "CPU ms per image")
+    rates = {name: [pictures / wall for wall, _ in values] for name, values in ways.items()}
+    base = statistics.median(rates["plain batches"])
+    results = {}
+    for name, values in ways.items():
+        median = statistics.median(rates[name])
+        cpu = 1000 * statistics.median(c for _, c in values) / pictures
+        results[name] = {"images_per_second": median, "of_plain_batches": median / base, "cpu_ms_per_image": cpu}
+        spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
+        table.add_row(name, f"{median:.0f}", spread, f"{median / base:.2f}", f"{cpu:.2f}")
+    Console().print(table)
+    out = ROOT / "bench" / "results" / "http.json"
+    out.parent.mkdir(exist_ok=True)
+    stamp = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(), "pictures": pictures, "batch": BATCH}
+    out.write_text(json.dumps({**stamp, "ways": results}, indent=1) + "\n")
+    Console().print(f"written to {out.relative_to(ROOT)}")
+    return 0
