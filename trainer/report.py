@@ -59,7 +59,9 @@ def read(folder: Path) -> Record:
     """A run folder; ReportError when it has no evaluation to show. A last line that a crash cut short is left out."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise ReportError(f"{folder} is no run folder: metrics.jsonl is missing; give the folder that verism-train wrote, e.g. runs/world")
+        raise ReportError(
+            f"{folder} is no run folder: metrics.jsonl is missing; give the folder that verism-train wrote, e.g. runs/world"
+        )
     rows: list[Row] = []
     for line in metrics.read_text().splitlines():
         try:
@@ -154,7 +156,9 @@ def verdict(record: Record) -> str:
             f"to photographs ({distance.before:.1f} to {distance.after:.1f}), the class hit did not fall, and the reward rose."
         )
     if nearer:
-        return f"The pictures came nearer to photographs ({distance.words}), but not everything that counts improved: see the table."
+        return (
+            f"The pictures came nearer to photographs ({distance.words}), but not everything that counts improved: see the table."
+        )
     return "The pictures did not get better by what was never a reward."
 
 
@@ -178,10 +182,21 @@ def _curve(axis: Axes, record: Record, key: str, colour: str, label: str, error:
     x, y, e = zip(*points, strict=True)
     axis.plot(x, y, "o-", color=colour, label=label, linewidth=1.8, markersize=4)
     if all(math.isfinite(v) for v in e):
-        axis.fill_between(x, [a - b for a, b in zip(y, e, strict=True)], [a + b for a, b in zip(y, e, strict=True)], color=colour, alpha=0.15)
+        axis.fill_between(
+            x, [a - b for a, b in zip(y, e, strict=True)], [a + b for a, b in zip(y, e, strict=True)], color=colour, alpha=0.15
+        )
     for alarm in record.alarms:
         axis.axvline(alarm["step"], color=RED, linestyle=":", linewidth=1.4)
-        axis.annotate("alarm", (alarm["step"], 1), xycoords=("data", "axes fraction"), color=RED, fontsize=8, ha="right", va="top", rotation=90)
+        axis.annotate(
+            "alarm",
+            (alarm["step"], 1),
+            xycoords=("data", "axes fraction"),
+            color=RED,
+            fontsize=8,
+            ha="right",
+            va="top",
+            rotation=90,
+        )
 
 
 def _has(records: Sequence[Record], key: str) -> bool:
@@ -222,7 +237,11 @@ def training(record: Record) -> bytes | None:
     for axis, key, title in ((axes[0], "kl", "KL to the base policy"), (axes[1], "grad_norm", "Gradient norm")):
         axis.plot(x, [number(row, key) for row in record.steps], color=BLUE, linewidth=1.2)
         _style(axis, title, "")
-    parts = [("seconds/sample", "sampling", BLUE), ("seconds/wait", "waiting for rewards", ORANGE), ("seconds/train", "training", "#009e73")]
+    parts = [
+        ("seconds/sample", "sampling", BLUE),
+        ("seconds/wait", "waiting for rewards", ORANGE),
+        ("seconds/train", "training", "#009e73"),
+    ]
     values = [[0.0 if math.isnan(v := number(row, key)) else v for row in record.steps] for key, _, _ in parts]
     axes[2].stackplot(x, *values, labels=[label for _, label, _ in parts], colors=[c for _, _, c in parts], alpha=0.85)
     axes[2].legend(fontsize=7.5, frameon=False)
@@ -263,7 +282,9 @@ def _section(record: Record) -> dict[str, Any]:
         grids.append(("after (best checkpoint)", best["step"]))
     if last["step"] not in {step for _, step in grids}:
         grids.append(("where it ended", last["step"]))
-    shown = [{"label": label, "step": step, "uri": _uri(data)} for label, step in grids if (data := grid_of(record, step)) is not None]
+    shown = [
+        {"label": label, "step": step, "uri": _uri(data)} for label, step in grids if (data := grid_of(record, step)) is not None
+    ]
     return {
         "name": record.name,
         "description": record.config.get("description", ""),
@@ -298,57 +319,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return out
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ runs[0].name }}: Verism report</title>
-<style>
-:root { color-scheme: light dark; --ink: #1a1d21; --soft: #5b6470; --paper: #ffffff; --line: #dfe3e8; --card: #f6f7f9;
-  --good: #00704a; --bad: #b00020; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3acb8; --paper: #15181c; --line: #333a43; --card: #1d2127;
-  --good: #4cc38a; --bad: #ff7b86; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1020px; padding: 28px 20px 60px; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-p.soft, .soft { color: var(--soft); } p.verdict { font-size: 1.15rem; border-left: 4px solid var(--good); padding-left: .8rem; }
-p.verdict.alarmed { border-color: var(--bad); }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; } td, th { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-img { max-width: 100%; height: auto; display: block; border-radius: 6px; } img.plot { background: #fff; padding: 4px; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: .88rem; margin: .3rem 0; }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; }
-.alarm { background: var(--card); border-left: 4px solid var(--bad); padding: .6rem .9rem; margin: .8rem 0; }
-pre { background: var(--card); padding: .8rem; overflow: auto; font-size: .82rem; border-radius: 6px; } summary { cursor: pointer; }
-.scroll { overflow-x: auto; }
-</style></head><body>
-<h1>Run “{{ runs[0].name }}”</h1>
-<p class="soft">{{ runs[0].description }} {{ runs[0].steps }} training steps; best checkpoint: step {{ runs[0].best }}.</p>
-{% for run in runs %}
-{% if not loop.first %}<h2>Compared with “{{ run.name }}”</h2><p class="soft">{{ run.description }}</p>{% endif %}
-<p class="verdict{% if run.alarms %} alarmed{% endif %}">{{ run.verdict }}</p>
-<div class="scroll"><table><tr><th>measured at evaluation</th><th>before</th><th>best checkpoint</th><th>change</th></tr>
-{% for c in run.changes %}<tr><td>{{ c.label }}</td><td class="n">{{ c.before }}</td><td class="n">{{ c.after }}</td>
-<td class="{{ c.good }}">{{ c.words }}</td></tr>
-{% endfor %}</table></div>
-{% for a in run.alarms %}<div class="alarm"><b>Alarm at step {{ a.step }}.</b> {{ a.reason }}. Best checkpoint: step {{ a.best }}.</div>{% endfor %}
-{% if run.failed %}<p class="soft">{{ run.failed }} scores failed and {{ run.masked }} samples were masked; none was replaced by a number.</p>{% endif %}
-{% if loop.first %}
-<h2>Curves</h2>
-<figure><img class="plot" alt="Evaluation curves: reward, distance, class hit, held-out detectors" src="{{ curves }}">
-<figcaption>Each point is an evaluation on the same prompts and noise; bands are one standard error. Distance, class hit and the
-held-out detectors were never a reward.</figcaption></figure>
-{% endif %}
-<h2>Pictures{% if not loop.first %} of “{{ run.name }}”{% endif %}, from the same prompts and noise</h2>
-<div class="grids">{% for g in run.grids %}<figure><img alt="pictures at step {{ g.step }}" src="{{ g.uri }}">
-<figcaption>{{ g.label }}, step {{ g.step }}</figcaption></figure>{% endfor %}
-{% if loop.first and photographs %}<figure><img alt="photographs" src="{{ photographs }}"><figcaption>photographs</figcaption></figure>{% endif %}</div>
-{% endfor %}
-{% if training %}<h2>Training</h2><img class="plot" alt="KL, gradient norm and seconds per step" src="{{ training }}">{% endif %}
-<h2>Configuration and versions</h2>
-{% for run in runs %}<details><summary>configuration of “{{ run.name }}”</summary><pre>{{ run.config }}</pre></details>{% endfor %}
-<details><summary>versions</summary><div class="scroll"><table>{% for k, v in versions %}<tr><td>{{ k }}</td><td>{{ v }}</td></tr>{% endfor %}</table></div></details>
-</body></html>
-"""
+PAGE = Path(__file__).with_suffix(".html")
 
 
 def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
@@ -360,7 +331,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
     photographs = records[0].folder / "grids" / "photographs.png"
     page = (
         Environment(autoescape=True, trim_blocks=True)
-        .from_string(PAGE)
+        .from_string(PAGE.read_text())
         .render(
             runs=[_section(record) for record in records],
             curves=_uri(drawn),
@@ -377,7 +348,9 @@ def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.report", description="Write a run's report: one HTML file.")
     parser.add_argument("run", type=Path, help="the folder that verism-train wrote, e.g. runs/world")
-    parser.add_argument("--compare", type=Path, action="append", default=[], help="another run to show beside it; may be given again")
+    parser.add_argument(
+        "--compare", type=Path, action="append", default=[], help="another run to show beside it; may be given again"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(write_report(arguments.run, arguments.compare))

@@ -20,7 +20,7 @@ def test_make_verbs_exist() -> None:
 
 
 def test_files_and_recipes_exist() -> None:
-    for path in re.findall(r"(?:examples|trainer|world|tests|bench|docs|scripts)/[\w./-]+\w", TEXT):
+    for path in re.findall(r"(?<![\w/])(?:examples|trainer|world|tests|bench|docs|scripts)/[\w./-]+\w", TEXT):
         if not path.startswith("tests/data/") and "*" not in path:
             assert (ROOT / path).exists(), path
     recipes = {p.stem for p in (ROOT / "trainer" / "recipes").glob("*.yaml")}

@@ -1,0 +1,95 @@
+"""The page says what the numbers say, holds everything, and trusts no string."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from trainer.report import ReportError, changes, main, read, verdict, write_report
+
+
+def make_run(folder: Path, name: str, evals: list[dict[str, Any]], alarm: bool = False, **config: Any) -> Path:
+    """A run folder with invented numbers: data of a test, never shown to anyone."""
+    (folder / "grids").mkdir(parents=True)
+    rows = [{"kind": "eval", **e} for e in evals]
+    rows += [{"kind": "step", "step": i, "kl": 0.01, "grad_norm": 0.1, "seconds/sample": 1.0, "failed_scores": 1} for i in range(3)]
+    if alarm:
+        rows.append({"kind": "alarm", "step": evals[-1]["step"], "reason": "<b>bad</b>", "action": "stop", "best_step": 0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": name, "rewards": {"detector": {"url": "http://x"}}, **config}))
+    (folder / "versions.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.13"}}))
+    best = min(evals, key=lambda e: e["distance"] or 1e9)["step"]
+    (folder / "done.json").write_text(json.dumps({"best_step": best, "reason": "finished"}))
+    for e in evals:
+        Image.fromarray(np.full((60, 60, 3), e["step"], np.uint8)).save(folder / "grids" / f"step_{e['step']:06d}.png")
+    return folder
+
+
+def evaluation(step: int, total: float, distance: float | None, hit: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "reward/total_mean": total,
+        "reward/total_sem": 0.05,
+        "reward/detector/mean": total * 3,
+        "distance": distance,
+        "class_hit": hit,
+        "heldout_cnn": -3.0 + total,
+        "heldout_spectrum": None,
+    }
+
+
+GOOD = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 0.4, 10.0, 0.75), evaluation(20, 0.5, 11.0, 0.76)]
+HACKED = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 1.4, 60.0, 0.55), evaluation(20, 2.5, 110.0, 0.40)]
+
+
+def test_the_verdict_comes_from_the_numbers(tmp_path: Path) -> None:
+    record = read(make_run(tmp_path / "good", "good", GOOD))
+    text = verdict(record)
+    assert "got better" in text and "step 10" in text and "38%" in text
+    found = {change.label: change for change in changes(record)}
+    assert found["trained reward"].good and "+5.7 standard errors" in found["trained reward"].words
+    assert found["distance to photographs"].words == "-38%" and "held-out spectrum (log-odds)" not in found
+    hacked = verdict(read(make_run(tmp_path / "naive", "naive", HACKED, alarm=True)))
+    assert "hacked" in hacked and "16.0 to 110.0" in hacked
+
+
+def test_a_small_rise_is_not_called_better(tmp_path: Path) -> None:
+    flat = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 0.1, 15.0, 0.70)]
+    assert "not everything" in verdict(read(make_run(tmp_path / "r", "flat", flat)))
+    fallen = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 0.9, 10.0, 0.60)]
+    assert "not everything" in verdict(read(make_run(tmp_path / "s", "fallen", fallen)))
+
+
+def test_the_page_is_whole_and_trusts_nothing(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    good = make_run(tmp_path / "good", "good", GOOD, description=evil)
+    naive = make_run(tmp_path / "naive", "naive", HACKED, alarm=True)
+    page = write_report(good, [naive]).read_text()
+    assert evil not in page and "&lt;script&gt;" in page and "<b>bad</b>" not in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page) and "<script" not in page
+    assert page.count("data:image/png;base64,") >= 7  # curves, training, three grids, two or three of the other run
+    assert "Alarm at step 20" in page and "3 scores failed" in page
+    with Image.open(good / "report_curves.png") as picture:
+        assert picture.width > 800
+
+
+def test_pieces_may_be_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 0, "reward/total_mean": None}) + "\n")
+    assert "cannot be said" in write_report(folder).read_text()
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ReportError, match="no run folder"):
+        read(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "verism-train" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ReportError, match="no evaluation yet"):
+        read(tmp_path)
