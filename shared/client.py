@@ -11,11 +11,13 @@ some seconds.
 """
 
 import asyncio
+import itertools
 import random
 import threading
 import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,8 +33,7 @@ from shared.image import encode
 from shared.schema import MAX_ITEMS, Encoding, Problem, RewardInfo, Score, ScoreAnswer, ScoreItem, ScoreRequest
 
 T = TypeVar("T")
-CHUNK_BYTES = 48 * 1024 * 1024
-CHUNK_PIXELS = 60_000_000
+LIMITS = np.array([MAX_ITEMS, 48 * 2**20, 60_000_000])  # items, bytes and pixels of one request: below what services take
 EJECT_SECONDS = 5.0
 
 
@@ -60,7 +61,7 @@ class ScoreTable:
 class _Replica:
     url: str
     in_flight: int = 0
-    ejected_until: float = 0.0
+    rest_until: float = 0.0
 
 
 class RequestFailed(VerismError):
@@ -89,8 +90,12 @@ class RewardClient:
         if not services:
             raise ValueError("name at least one reward and its URL, e.g. {'detector': 'http://localhost:8001'}")
         self._replicas = {
-            name: [_Replica(u.rstrip("/")) for u in ([urls] if isinstance(urls, str) else urls)] for name, urls in services.items()
+            name: [_Replica(_checked_url(name, url)) for url in ([urls] if isinstance(urls, str) else urls)]
+            for name, urls in services.items()
         }
+        for name, replicas in self._replicas.items():
+            if not replicas:
+                raise ValueError(f"reward {name!r} has no URL, e.g. 'http://localhost:8001'")
         self.timeout_s, self.encoding, self.priority = timeout_s, encoding, priority
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=32)
         self._http = httpx.AsyncClient(transport=transport, limits=limits, trust_env=False)
@@ -105,24 +110,25 @@ class RewardClient:
         await self.aclose()
 
     async def info(self) -> dict[str, RewardInfo]:
-        """What each service says of its reward; ServiceUnreachable names the URL that did not answer."""
-        out = {}
-        for name, replicas in self._replicas.items():
-            url = replicas[0].url
+        """What a service says of each reward; ServiceUnreachable names the URLs when no replica answers."""
+        return {name: await self._info(name, [replica.url for replica in replicas]) for name, replicas in self._replicas.items()}
+
+    async def _info(self, name: str, urls: Sequence[str]) -> RewardInfo:
+        for url in urls:
             try:
                 answer = await self._http.get(f"{url}/v1/rewards", timeout=min(10.0, self.timeout_s))
                 answer.raise_for_status()
                 known = {info["name"]: info for info in answer.json()["rewards"]}
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-                raise ServiceUnreachable(
-                    f"no reward service answers at {url} (for {name!r}): start it with `verism-serve CONFIG.yaml`, or mend the URL"
-                ) from error
-            if name not in known:
-                raise RequestFailed(
-                    Problem(type="urn:verism:unknown-reward", title=f"{url} does not serve {name!r}; it serves: {', '.join(known)}")
-                )
-            out[name] = RewardInfo.model_validate(known[name])
-        return out
+                if name in known:
+                    return RewardInfo.model_validate(known[name])
+            except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                continue
+            title = f"{url} does not serve {name!r}; it serves: {', '.join(known)}"
+            raise RequestFailed(Problem(type="urn:verism:unknown-reward", title=title))
+        where = " or ".join(urls)
+        raise ServiceUnreachable(
+            f"no reward service answers at {where} (for {name!r}): start it with `verism-serve CONFIG.yaml`, or mend the URL"
+        )
 
     async def score(
         self,
@@ -143,7 +149,7 @@ class RewardClient:
             for i, (image, prompt, group) in enumerate(zip(images, prompts, groups, strict=True))
         ]
         chunks = _chunks(items)
-        rows = await asyncio.gather(*(self._row(name, chunks) for name in names))
+        rows = await asyncio.gather(*(self._row(name, items, chunks) for name in names))
         scores = tuple(tuple(row) for row, _ in rows)
         values = np.array([[np.nan if s.value is None else s.value for s in row] for row in scores], dtype=np.float64)
         failures: dict[str, int] = {}
@@ -155,11 +161,12 @@ class RewardClient:
         values = values.reshape(len(names), len(images))
         return ScoreTable(names, values, np.isfinite(values), scores, versions, failures)
 
-    async def _row(self, name: str, chunks: list[list[ScoreItem]]) -> tuple[list[Score], int | None]:
+    async def _row(self, name: str, items: list[ScoreItem], chunks: list[list[int]]) -> tuple[list[Score], int | None]:
         """All items by one reward; every chunk by one version of its weights."""
         deadline = time.monotonic() + self.timeout_s
-        answers = await asyncio.gather(*(self._chunk(name, chunk, deadline) for chunk in chunks))
-        scores = [score for row, _ in answers for score in row]
+        answers = await asyncio.gather(*(self._chunk(name, [items[i] for i in chunk], deadline) for chunk in chunks))
+        by_position = {i: s for chunk, (row, _) in zip(chunks, answers, strict=True) for i, s in zip(chunk, row, strict=True)}
+        scores = [by_position[i] for i in range(len(items))]
         versions = {version for _, version in answers if version is not None}
         if len(versions) > 1:
             mixed = Score.failed("version-changed", f"{name} changed its weights while scoring; score again", retryable=True)
@@ -169,7 +176,7 @@ class RewardClient:
     async def _chunk(self, name: str, items: list[ScoreItem], deadline: float) -> tuple[list[Score], int | None]:
         problem = Problem(type="urn:verism:deadline-exceeded", title=f"{name} did not answer within {self.timeout_s:g} s")
         request_id = uuid.uuid4().hex
-        for attempt in range(100):
+        for attempt in itertools.count():
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -196,8 +203,6 @@ class RewardClient:
                 if not problem.retryable:
                     break
                 wait = (problem.retry_after_ms or 0) / 1000
-                if problem.status != 429:
-                    replica.ejected_until = time.monotonic() + EJECT_SECONDS
             except httpx.HTTPError as error:
                 problem = Problem(
                     type="urn:verism:unreachable",
@@ -205,20 +210,24 @@ class RewardClient:
                     retryable=True,
                 )
                 wait = 0.0
-                replica.ejected_until = time.monotonic() + EJECT_SECONDS
             except (ValueError, KeyError, msgspec.DecodeError) as error:
                 problem = Problem(type="urn:verism:bad-answer", title=f"{replica.url} answered something else than scores: {error}")
                 break
             finally:
                 replica.in_flight -= len(items)
-            pause = max(wait, random.uniform(0, min(4.0, 0.1 * 2**attempt)))
-            await asyncio.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+            now = time.monotonic()
+            replica.rest_until = now + (wait or EJECT_SECONDS)
+            rested = any(other.rest_until <= now for other in self._replicas[name])
+            pause = random.uniform(0, min(4.0, 0.1 * 2 ** min(attempt, 10))) + (0.0 if rested else wait)
+            if now + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
         status = "timeout" if problem.type.endswith("deadline-exceeded") else "error"
         return [Score(status=status, error=problem)] * len(items), None  # type: ignore[arg-type]
 
     def _pick(self, name: str) -> _Replica:
         now = time.monotonic()
-        return min(self._replicas[name], key=lambda r: (r.ejected_until > now, r.in_flight, random.random()))
+        return min(self._replicas[name], key=lambda r: (r.rest_until > now, r.in_flight, random.random()))
 
     async def _post(self, replica: _Replica, request: ScoreRequest) -> ScoreAnswer:
         answer = await self._http.post(
@@ -229,34 +238,50 @@ class RewardClient:
         )
         if answer.status_code == 200:
             return wire.parse_answer(answer.content, wire.MSGPACK)
-        try:
-            problem = Problem.model_validate(msgspec.json.decode(answer.content))
-        except (ValueError, msgspec.DecodeError):
-            retryable = answer.status_code >= 500
-            problem = Problem(type="urn:verism:bad-answer", title=f"{replica.url}: HTTP {answer.status_code}", retryable=retryable)
-        raise RequestFailed(problem.model_copy(update={"status": answer.status_code}))
+        raise RequestFailed(_problem(replica.url, answer))
 
 
-def _chunks(items: list[ScoreItem]) -> list[list[ScoreItem]]:
-    """Cut a long list to the server's limits, between groups wherever a group fits into one request."""
-    groups: list[list[ScoreItem]] = []
-    for item in items:
-        if groups and item.group is not None and groups[-1][0].group == item.group and len(groups[-1]) < MAX_ITEMS:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    chunks: list[list[ScoreItem]] = []
-    size = pixels = 0
-    for group in groups:
-        more = sum(len(item.image.data) for item in group)
-        area = sum(item.image.height * item.image.width for item in group)
-        fits = chunks and len(chunks[-1]) + len(group) <= MAX_ITEMS and size + more <= CHUNK_BYTES and pixels + area <= CHUNK_PIXELS
-        if fits:
-            chunks[-1] += group
-            size, pixels = size + more, pixels + area
-        else:
-            chunks.append(list(group))
-            size, pixels = more, area
+def _checked_url(reward: str, url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"the URL {url!r} of reward {reward!r} cannot be read ({error}); write it as http://HOST:PORT") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"the URL {url!r} of reward {reward!r} is not one; write it as http://HOST:PORT")
+    return url.rstrip("/")
+
+
+def _problem(url: str, answer: httpx.Response) -> Problem:
+    """What a service, or a proxy before it, said was wrong; Retry-After counts where the body names no time."""
+    seconds = answer.headers.get("retry-after", "")
+    update: dict[str, Any] = {"status": answer.status_code}
+    try:
+        said = msgspec.json.decode(answer.content)
+        problem = Problem.model_validate({key: said[key] for key in Problem.model_fields if key in said})
+    except (ValueError, TypeError, msgspec.DecodeError):
+        retryable = answer.status_code >= 500 or answer.status_code == 429
+        problem = Problem(type="urn:verism:bad-answer", title=f"{url}: HTTP {answer.status_code}", retryable=retryable)
+    if problem.retry_after_ms is None and seconds.isdecimal():
+        update["retry_after_ms"] = 1000 * int(seconds)
+    return problem.model_copy(update=update)
+
+
+def _chunks(items: Sequence[ScoreItem]) -> list[list[int]]:
+    """Positions of the items of each request: within LIMITS, and a group in one request wherever it fits into one."""
+    groups: dict[int | str, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(i if item.group is None else item.group, []).append(i)
+    costs = [np.array([1, len(item.image.data), item.image.height * item.image.width]) for item in items]
+    chunks: list[list[int]] = []
+    load = LIMITS
+    for group in groups.values():
+        apart = bool((load + sum(costs[i] for i in group) > LIMITS).any())
+        for i in group:
+            if apart or (load + costs[i] > LIMITS).any():
+                chunks.append([])
+                load, apart = np.zeros_like(LIMITS), False
+            chunks[-1].append(i)
+            load = load + costs[i]
     return chunks
 
 
@@ -264,20 +289,16 @@ class RewardClientSync:
     """The same, for callers without an event loop (or inside one): a loop of its own in a thread."""
 
     def __init__(self, services: Mapping[str, str | Sequence[str]], **options: Any) -> None:
+        self._client = RewardClient(services, **options)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
         self._thread.start()
 
-        async def make() -> RewardClient:
-            return RewardClient(services, **options)
-
-        self._client = self._run(make())
-
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def submit(self, *args: Any, **kwargs: Any) -> "asyncio.Future[ScoreTable] | Any":
-        """Start scoring and return at once: a concurrent.futures.Future of the ScoreTable."""
+    def submit(self, *args: Any, **kwargs: Any) -> Future[ScoreTable]:
+        """Start scoring and return at once."""
         return asyncio.run_coroutine_threadsafe(self._client.score(*args, **kwargs), self._loop)
 
     def score(self, *args: Any, **kwargs: Any) -> ScoreTable:
@@ -289,6 +310,9 @@ class RewardClientSync:
         return self._run(self._client.info())
 
     def close(self) -> None:
+        """End the connections and the thread; a second call does nothing."""
+        if self._loop.is_closed():
+            return
         self._run(self._client.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -9,7 +9,9 @@ VerismError
 |- Invalid 422                readable, but not what the schema asks for
 |  `- BadImage 422            one picture cannot be decoded; an error of its item
 |- Busy 429                   the queue is full: come back after retry_after_ms
-|- NotReady 503               starting, draining, or unreachable
+|- NotReady 503               starting or draining: ask again, or ask another replica
+|  `- ServiceUnreachable      (client) nothing answers at a URL
+|- RequestFailed              (client) what a service said of a whole request, word for word; in shared.client
 `- DeadlineExceeded 504       the caller's deadline passed
 
 Each becomes `application/problem+json` (RFC 9457). A message says what to do; it never holds a traceback.

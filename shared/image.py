@@ -9,6 +9,7 @@ here, once. Out comes uint8 (H, W, 3), always.
 import io
 import struct
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,14 +22,16 @@ from shared.errors import BadImage
 from shared.schema import Encoding, ImageData
 
 MIN_SIDE: Final = 16
+MAX_SIDE: Final = 65_535
 MAX_PIXELS: Final = 16_800_000
 MAX_REQUEST_PIXELS: Final = 64_000_000
+_PNG_END: Final = b"IEND\xaeB`\x82"
 _PIL_FORMATS: Final = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels (H, W, 3) uint8; `lossy` when the encoding had thrown information away."""
+    """pixels (H, W, 3) uint8, not always writable; `lossy` when the encoding had thrown information away."""
 
     pixels: NDArray[np.uint8]
     lossy: bool
@@ -55,6 +58,13 @@ def check_size(height: int, width: int) -> None:
             "image-too-small",
             limit=MIN_SIDE,
             observed=min(height, width),
+        )
+    if max(height, width) > MAX_SIDE:
+        raise BadImage(
+            f"the picture is {width}x{height}; no side may be longer than {MAX_SIDE} pixels: cut it into pieces",
+            "image-too-large",
+            limit=MAX_SIDE,
+            observed=max(height, width),
         )
     if height * width > MAX_PIXELS:
         raise BadImage(
@@ -89,10 +99,13 @@ def header_size(data: bytes, encoding: Encoding) -> tuple[int, int]:
 
 def _flatten(picture: Image.Image) -> Image.Image:
     """Upright, opaque (on white), RGB."""
-    picture = ImageOps.exif_transpose(picture)
+    with suppress(Exception):  # broken metadata says nothing: the pixels, which are whole, stay as they are stored
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         wide = np.asarray(picture, dtype=np.float64)
         top = 65_535.0 if picture.mode != "F" else max(float(wide.max(initial=0.0)), 1.0)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            wide = np.where(wide == clear, top, wide)
         return Image.fromarray((wide.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -102,7 +115,14 @@ def _flatten(picture: Image.Image) -> Image.Image:
 
 
 def _is_lossy(data: bytes, encoding: Encoding) -> bool:
-    return encoding == "jpeg" or (encoding == "webp" and b"VP8L" not in data[:64])
+    """JPEG is; WebP says so by the kind of its (first) bitstream, which stands behind profile, alpha and animation chunks."""
+    at = 12 if encoding == "webp" else len(data)
+    while at + 8 <= len(data):
+        kind, length = struct.unpack("<4sI", data[at : at + 8])
+        if kind in (b"VP8L", b"VP8 "):
+            return bool(kind == b"VP8 ")
+        at += 24 if kind == b"ANMF" else 8 + length + length % 2
+    return encoding in ("jpeg", "webp")
 
 
 def decode(image: ImageData) -> Decoded:
@@ -128,6 +148,8 @@ def decode(image: ImageData) -> Decoded:
         pixels = _decode_qoi(image.data)
     else:
         pixels = _decode_pil(image.data, image.encoding)
+    if (image.height, image.width) not in ((height, width), pixels.shape[:2]):
+        raise BadImage(f"the picture is {width}x{height}, but the request says {image.width}x{image.height}")
     return Decoded(pixels, _is_lossy(image.data, image.encoding))
 
 
@@ -144,6 +166,8 @@ def _decode_qoi(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_pil(data: bytes, encoding: Encoding) -> NDArray[np.uint8]:
+    if encoding == "png" and _PNG_END not in data:  # pillow does without the last chunks
+        raise BadImage("the PNG picture is truncated; send it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -87,7 +87,7 @@ class Score(Frozen):
         text: str | None = None,
     ) -> "Score":
         """A scored item; a NaN or infinite value (or part) becomes an error of this item instead."""
-        numbers = [value, *(parts or {}).values()]
+        numbers = [value, *(parts or {}).values(), *([] if sigma is None else [sigma])]
         if not all(math.isfinite(number) for number in numbers):
             return cls.failed("non-finite-score", "the model's answer is not a finite number for this item")
         return cls(status="ok", value=float(value), parts=parts or {}, sigma=sigma, in_domain=in_domain, text=text)

@@ -51,6 +51,9 @@ def media_type(header: str | None) -> str:
 def _checked(raw: Any) -> ScoreRequest:
     if isinstance(raw, dict):
         raw.setdefault("request_id", uuid.uuid4().hex)
+        for index, item in enumerate(raw["items"] if isinstance(raw.get("items"), list) else []):
+            if isinstance(item, dict):
+                item.setdefault("id", str(index))
     try:
         return ScoreRequest.model_validate(raw)
     except ValidationError as error:
@@ -70,8 +73,14 @@ def _decode_base64(image: Any, path: str) -> None:
             raise Invalid(f"{path}.data: not base64") from error
 
 
+def _refuse_pickle(body: bytes) -> None:
+    if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
+
+
 def parse_json(body: bytes) -> Parsed:
     """BadRequest when it is no JSON, Invalid when it is not a request."""
+    _refuse_pickle(body)
     try:
         raw = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -79,7 +88,6 @@ def parse_json(body: bytes) -> Parsed:
     if isinstance(raw, dict) and isinstance(raw.get("items"), list):
         for index, item in enumerate(raw["items"]):
             if isinstance(item, dict):
-                item.setdefault("id", str(index))
                 _decode_base64(item.get("image"), f"items[{index}].image")
                 references = item.get("references")
                 for number, reference in enumerate(references if isinstance(references, list) else []):
@@ -89,8 +97,7 @@ def parse_json(body: bytes) -> Parsed:
 
 def parse_msgpack(body: bytes) -> Parsed:
     """BadRequest when it is no msgpack (a pickle is told so), Invalid when it is not a request."""
-    if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
+    _refuse_pickle(body)
     try:
         raw = msgspec.msgpack.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -106,9 +113,14 @@ def parse_form(parts: Sequence[Part]) -> Parsed:
         raise Invalid(f"unknown form field {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
     def texts(name: str) -> list[str]:
-        return [part.data.decode("utf-8", errors="replace") for part in parts if part.name == name]
+        try:
+            return [part.data.decode() for part in parts if part.name == name]
+        except UnicodeDecodeError as error:
+            raise Invalid(f"{name}: not UTF-8 text") from error
 
     files, prompts = [part for part in parts if part.name == "image"], texts("prompt")
+    if not files:
+        raise Invalid("image: the form holds no picture; send it as `curl -F image=@photo.jpg URL/score` does")
     if len(prompts) not in (0, 1, len(files)):
         raise Invalid(f"prompt: give none, one for all pictures, or one each: {len(prompts)} for {len(files)} pictures")
     broken: dict[int, Problem] = {}
@@ -124,6 +136,8 @@ def parse_form(parts: Sequence[Part]) -> Parsed:
     raw: dict[str, Any] = {"items": items}
     for name in ("request_id", "priority", "deadline_ms"):
         if given := texts(name):
+            if len(given) > 1:
+                raise Invalid(f"{name}: given {len(given)} times; give it once")
             raw[name] = given[0]
     if rewards := texts("rewards"):
         raw["rewards"] = [name.strip() for text in rewards for name in text.split(",") if name.strip()]

@@ -31,3 +31,8 @@ def clipped(ratio_B: Tensor, advantages_B: Tensor, low: float, high: float) -> L
 def mean_dims(x: Tensor) -> Tensor:
     """Mean over all axes but the first."""
     return x.flatten(1).mean(1)
+
+
+def velocity_error(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """(B,) mean squared error of a velocity at x = (1 - t) x0 + t noise, whose target is noise - x0: what flow matching trains on."""
+    return mean_dims((v - (noise - x0)) ** 2)

@@ -19,7 +19,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.types import Condition
@@ -208,8 +207,13 @@ class SD3Policy:
         if self.options.lora is None:
             self.transformer.save_pretrained(folder / "transformer")
             return
-        state = {f"transformer.{k}": v.contiguous().cpu() for k, v in get_peft_model_state_dict(self.transformer).items()}
-        save_file(state, folder / "pytorch_lora_weights.safetensors", metadata={"lora_alpha": str(self.options.lora.alpha)})
+        # diffusers' own writer: it keeps alpha beside the weights, without which they would be scaled by rank / alpha
+        config = self.transformer.peft_config["default"].to_dict()
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+            transformer_lora_adapter_metadata=config,
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and a sample of values of the base weights: two policies differ in it."""
