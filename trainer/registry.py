@@ -7,6 +7,14 @@ from typing import Any
 REGISTRY: dict[str, dict[str, str]] = {
     "policy": {"sd3": "trainer.policies.sd3:SD3Policy"},
     "loss": {"grpo": "trainer.losses.grpo:grpo", "guard": "trainer.losses.guard:guard"},
+    # On clean pictures noised again instead of on a trajectory; the loop does not drive these yet.
+    "forward_loss": {
+        "awm": "trainer.losses.awm:awm",
+        "crd": "trainer.losses.crd:crd",
+        "dgpo": "trainer.losses.dgpo:dgpo",
+        "dpo": "trainer.losses.dpo:dpo",
+        "nft": "trainer.losses.nft:nft",
+    },
     "regularizer": {"v_kl": "trainer.regularizers.kl:v_kl", "x_kl": "trainer.regularizers.kl:x_kl"},
     "advantages": {"group_relative": "trainer.advantages.group_relative:group_relative"},
 }

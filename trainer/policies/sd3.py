@@ -116,7 +116,7 @@ class SD3Policy:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Condition:
-        """Embeddings (B, L, D) and pooled (B, E); each text is encoded once and kept."""
+        """Embeddings (B, L, D) and pooled (B, E); each text is encoded once and kept in main memory."""
         for text in dict.fromkeys(["", *prompts]):
             if text not in self._cache:
                 embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -127,9 +127,10 @@ class SD3Policy:
                     do_classifier_free_guidance=False,
                     max_sequence_length=self.options.max_sequence_length,
                 )
-                self._cache[text] = {"embeds": embeds[0], "pooled": pooled[0]}
+                self._cache[text] = {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()}
         rows = [self._cache[text] for text in prompts]
-        return Condition({k: torch.stack([row[k] for row in rows]) for k in ("embeds", "pooled")})
+        to = {"device": self.device, "dtype": self.transformer.dtype}
+        return Condition({k: torch.stack([row[k] for row in rows]).to(**to) for k in ("embeds", "pooled")})
 
     def velocity(self, latents_BCHW: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
         """v = eps - x0, float32 (B, C, H, W), at one sigma () or one per sample (B,); guidance 1 costs one pass, others two."""

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from trainer.advantages.group_relative import group_relative
+from trainer.losses.awm import awm
+from trainer.losses.common import velocity_error
+from trainer.losses.crd import crd
+from trainer.losses.dgpo import dgpo
+from trainer.losses.dpo import dpo
 from trainer.losses.grpo import grpo
 from trainer.losses.guard import guard
+from trainer.losses.nft import nft
 from trainer.policies.ema import EMA
 from trainer.policies.flow import step
 from trainer.regularizers.kl import v_kl, x_kl
@@ -63,6 +69,7 @@ def test_other_latent_shapes(vectors: Any, shape: str, steps: list[int], kind: s
         prev=tensor(vectors[f"{key}{kind}_prev"]),
     )
     np.testing.assert_allclose(out.mean, vectors[f"{key}{kind}_mean"], **TOLERANCE)
+    np.testing.assert_allclose(out.diffusion_B, vectors[f"{key}{kind}_std"].reshape(-1), **TOLERANCE)
     assert out.logp_B is not None
     np.testing.assert_allclose(out.logp_B, vectors[f"{key}{kind}_logp"], **TOLERANCE)
 
@@ -112,6 +119,32 @@ def test_policy_losses_and_kl(vectors: Any, index: int) -> None:
     np.testing.assert_allclose(x_kl(mean_new, mean_old, diffusion).mean(), vectors[key + "kl_x"], **TOLERANCE)
     v_new, v_old = tensor(vectors["derived_guard_v_new"]), tensor(vectors["derived_guard_v_old"])
     np.testing.assert_allclose(v_kl(v_new, v_old).mean(), vectors[key + "kl_v"], **TOLERANCE)
+
+
+def test_losses_on_noised_pictures(vectors: Any) -> None:
+    keys = ("x0", "eps", "v_old", "v_new", "v_ref", "t", "adv_clamped")
+    x0, eps, v_old, v_new, v_ref, t, advantages = (tensor(vectors[f"derived_fwd_{key}"]) for key in keys)
+    new, old, ref = (velocity_error(v, x0, eps) for v in (v_new, v_old, v_ref))
+    two, one = torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.long)
+    ours = {
+        "nft_beta1p0": nft(v_new, v_old, x0, eps, t, advantages, beta=1.0),
+        "nft_beta0p1": nft(v_new, v_old, x0, eps, t, advantages, beta=0.1),
+        "awm_uniform": awm(new, old, advantages, 1e-5, 1e-5),
+        "dpo": dpo(new[:2], new[2:], ref[:2], ref[2:], beta=2.0),
+        "dgpo": dgpo(new, ref, advantages, two, beta=100.0),
+        "crd": crd(new, old, advantages, one, beta=1.0),
+    }
+    for name, loss in ours.items():
+        np.testing.assert_allclose(loss.values_B.mean(), vectors[f"derived_{name}"], err_msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("column", [0, 1])
+def test_group_advantages_per_step(vectors: Any, std: str, column: int) -> None:
+    rewards = tensor(vectors["adv_rewards_2d"])[None, :, column]
+    given = torch.ones_like(rewards, dtype=torch.bool)
+    out = group_relative(rewards, given, tensor(vectors["adv_group_id"]), torch.ones(1), std=std, clip=1e9, min_valid=1)  # type: ignore[arg-type]
+    np.testing.assert_allclose(out.values_B, vectors[f"adv_grpo_{std}std_2d"][:, column], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
