@@ -174,7 +174,12 @@ class RewardClient:
         return scores, versions.pop() if versions else None
 
     async def _chunk(self, name: str, items: list[ScoreItem], deadline: float) -> tuple[list[Score], int | None]:
-        problem = Problem(type="urn:verism:deadline-exceeded", title=f"{name} did not answer within {self.timeout_s:g} s")
+        where = " or ".join(replica.url for replica in self._replicas[name])
+        late = Problem(
+            type="urn:verism:deadline-exceeded",
+            title=f"{name} at {where} did not answer within {self.timeout_s:g} s: raise timeout_s, or send less at once",
+        )
+        problem = late
         request_id = uuid.uuid4().hex
         for attempt in itertools.count():
             left = deadline - time.monotonic()
@@ -197,6 +202,7 @@ class RewardClient:
                     raise ValueError("the answer has other items than the request")
                 return scores, answer.rewards[name].version
             except TimeoutError:
+                problem = late
                 break
             except RequestFailed as error:
                 problem = error.problem()

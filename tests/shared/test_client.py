@@ -154,9 +154,9 @@ def test_a_service_that_is_down_is_named() -> None:
     error = score(down, timeout_s=0.3).scores[0][0].error
     assert error is not None and error.type == "urn:verism:unreachable"
     assert "http://one:8001 does not answer" in error.title and "verism-serve" in error.title
-    with RewardClientSync({"mean": ["http://a", "http://b"]}, transport=httpx.MockTransport(down)) as client:
-        with pytest.raises(ServiceUnreachable, match="http://a or http://b .*verism-serve"):
-            client.info()
+    client = RewardClientSync({"mean": ["http://a", "http://b"]}, transport=httpx.MockTransport(down))
+    with client, pytest.raises(ServiceUnreachable, match="http://a or http://b .*verism-serve"):
+        client.info()
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"", msgspec.msgpack.encode({"items": []}), msgspec.msgpack.encode([1])])
@@ -231,9 +231,9 @@ def test_info_asks_the_next_replica_and_names_what_is_served() -> None:
     transport = httpx.MockTransport(second)
     with RewardClientSync({"mean": ["http://a", "http://b"]}, transport=transport) as client:
         assert client.info() == {"mean": RewardInfo(name="mean")}
-    with RewardClientSync({"realism": "http://b"}, transport=transport) as client:
-        with pytest.raises(RequestFailed, match="http://b does not serve 'realism'; it serves: mean"):
-            client.info()
+    client = RewardClientSync({"realism": "http://b"}, transport=transport)
+    with client, pytest.raises(RequestFailed, match="http://b does not serve 'realism'; it serves: mean"):
+        client.info()
 
 
 @pytest.mark.parametrize("url", ["localhost:8001", "http://host:port", "ftp://host", "http://", ""])

@@ -133,6 +133,51 @@ def test_exif_orientation_is_applied() -> None:
     assert upright.shape == (40, 20, 3) and upright[:15].mean() > 250 and upright[25:].mean() < 5
 
 
+def test_a_side_too_long_for_the_schema_is_a_bad_image() -> None:
+    for data in (png_header(70_000, 16), b"qoif" + struct.pack(">IIBB", 70_000, 16, 3, 0) + b"\x00" * 7 + b"\x01"):
+        with pytest.raises(BadImage, match="no side may be longer") as caught:
+            from_file(data)
+        assert caught.value.problem().type == "urn:verism:image-too-large"
+
+
+@pytest.mark.parametrize("encoding", ["qoi", "png", "webp", "jpeg"])
+def test_one_byte_less_is_truncated_and_swapped_sides_do_not_match(encoding: Encoding) -> None:
+    whole = encode(picture(20, 31), encoding)
+    with pytest.raises(BadImage):
+        decode(whole.model_copy(update={"data": whole.data[:-1]}))
+    with pytest.raises(BadImage, match="31x20, but the request says 20x31"):
+        decode(whole.model_copy(update={"height": 31, "width": 20}))
+
+
+def test_a_turned_picture_may_be_declared_as_stored_or_as_seen() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = save(Image.fromarray(picture(20, 40)), "JPEG", exif=exif)
+    seen = stored.model_copy(update={"height": 40, "width": 20})
+    assert (stored.height, stored.width) == (20, 40)
+    assert np.array_equal(decode(stored).pixels, decode(seen).pixels) and decode(seen).pixels.shape == (40, 20, 3)
+
+
+def test_broken_metadata_leaves_the_pixels() -> None:
+    pixels = picture()
+    out = decode(save(Image.fromarray(pixels), "WEBP", lossless=True, exif=b"Exif\0\0 nonsense"))
+    assert np.array_equal(out.pixels, pixels)
+
+
+def test_lossy_is_read_behind_profiles_and_in_the_first_frame() -> None:
+    first, second = Image.fromarray(picture()), Image.fromarray(picture(seed=1))
+    assert not decode(save(first, "WEBP", lossless=True, icc_profile=b"x" * 500)).lossy
+    assert decode(save(first, "WEBP", quality=90, icc_profile=b"VP8L" * 10)).lossy
+    moving = decode(save(first, "WEBP", lossless=True, save_all=True, append_images=[second]))
+    assert not moving.lossy and np.array_equal(moving.pixels, picture())
+    assert np.array_equal(decode(save(first, "PNG", save_all=True, append_images=[second])).pixels, picture())
+
+
+def test_sixteen_bit_transparency_lands_on_white() -> None:
+    wide = Image.fromarray(np.zeros((20, 20), np.uint16))
+    assert (decode(save(wide, transparency=0)).pixels == 255).all() and (decode(save(wide)).pixels == 0).all()
+
+
 def test_encode_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="uint8 of shape"):
         encode(np.zeros((20, 20, 3), np.float32))  # type: ignore[arg-type]

@@ -96,6 +96,37 @@ def test_pickles_are_named_and_refused() -> None:
         wire.media_type("application/x-pickle")
 
 
+def test_a_pickle_that_calls_itself_json_is_named() -> None:
+    with pytest.raises(UnsupportedMedia, match="pickle"):
+        wire.parse_json(b"\x80\x04]\x94.")
+
+
+def test_ids_may_be_left_out_in_json_and_msgpack() -> None:
+    raw = {"items": [{"image": {"encoding": "rgb8", "height": 16, "width": 16, "data": ""}}] * 2}
+    for parsed in (wire.parse_json(json.dumps(raw).encode()), wire.parse_msgpack(msgspec.msgpack.encode(raw))):
+        assert [item.id for item in parsed.request.items] == ["0", "1"] and parsed.request.request_id
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ([wire.Part("prompt", None, b"\xff\xfe")], "prompt: not UTF-8"),
+        ([wire.Part("request_id", None, b"a")] * 2, "request_id: given 2 times"),
+        ([wire.Part("deadline_ms", None, b"soon")], "deadline_ms: Input should be a valid integer"),
+        ([wire.Part("priority", None, b"now")], "priority: Input should be 'interactive'"),
+    ],
+)
+def test_form_errors_name_the_field(extra: list[wire.Part], message: str) -> None:
+    good = wire.Part("image", "a.png", encode(np.zeros((16, 16, 3), np.uint8), "png").data)
+    with pytest.raises(Invalid, match=message):
+        wire.parse_form([good, *extra])
+
+
+def test_a_form_without_a_picture_says_how_to_send_one() -> None:
+    with pytest.raises(Invalid, match="curl -F image=@photo.jpg"):
+        wire.parse_form([wire.Part("prompt", None, b"a bag")])
+
+
 def test_a_form_with_a_broken_file_keeps_its_neighbours() -> None:
     good = encode(np.zeros((16, 16, 3), np.uint8), "png").data
     parsed = wire.parse_form([wire.Part("image", "a.png", good), wire.Part("image", "b.txt", b"hello")])
@@ -139,6 +170,7 @@ def test_a_score_is_finite_or_an_error() -> None:
     for bad in (float("nan"), float("inf")):
         assert Score.ok(bad).status == "error" and Score.ok(bad).value is None
         assert Score.ok(0.5, parts={"x": bad}).status == "error"
+        assert Score.ok(0.5, sigma=bad).status == "error"
     with pytest.raises(ValueError, match="exactly when"):
         Score(status="error", value=0.0)
     assert ImageData(encoding="rgb8", height=1, width=1, data=b"abc").data == b"abc"
