@@ -2,7 +2,7 @@
 
     python -m trainer.report runs/world --compare runs/naive
 
-Reads a run folder and writes `report.html` (self-contained: no script, no address outside) and the PNGs it shows.
+Reads a run folder and writes `report.html` (self-contained: no script, no address outside) and `report_curves.png`.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 Row = dict[str, Any]
+CLEARLY = 1.05  # a distance that changed by less than 5 % is not called nearer or farther
 BLUE, ORANGE, RED, GREY = "#0072b2", "#d55e00", "#b00020", "#6b7280"  # Okabe and Ito's palette: safe for colour-blind readers
 
 
@@ -54,6 +56,16 @@ class Record:
         step = self.done.get("best_step")
         return next((row for row in self.evals if row["step"] == step), self.evals[-1])
 
+    def judged(self) -> Row:
+        """The evaluation that `before` is held against: the last one where an alarm rang, so that the damage is seen; else the best."""
+        return self.evals[-1] if self.alarms else self.best()
+
+    def judged_label(self) -> str:
+        if self.alarms:
+            return "where it ended"
+        known = any(row["step"] == self.done.get("best_step") for row in self.evals)
+        return "best checkpoint" if known else "last evaluation"
+
 
 def read(folder: Path) -> Record:
     """A run folder; ReportError when it has no evaluation to show. A last line that a crash cut short is left out."""
@@ -63,11 +75,16 @@ def read(folder: Path) -> Record:
             f"{folder} is no run folder: metrics.jsonl is missing; give the folder that verism-train wrote, e.g. runs/world"
         )
     rows: list[Row] = []
-    for line in metrics.read_text().splitlines():
+    lines = metrics.read_text(errors="replace").splitlines()
+    for place, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except ValueError as error:
+            if place < len(lines):
+                raise ReportError(f"{metrics}, line {place} is not JSON: remove that line") from error
             break
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     evals = [row for row in rows if row.get("kind") == "eval"]
     if not evals:
         raise ReportError(f"{folder} has no evaluation yet; a report needs at least the one before training")
@@ -76,7 +93,10 @@ def read(folder: Path) -> Record:
         path = folder / name
         if not path.is_file():
             return {}
-        loaded = yaml.safe_load(path.read_text())
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ReportError(f"{path} cannot be read: {error}; mend it, or remove it to have the report without it") from error
         return loaded if isinstance(loaded, dict) else {}
 
     return Record(
@@ -108,8 +128,12 @@ class Change:
 
 
 def changes(record: Record) -> list[Change]:
-    """Before against the best checkpoint, from the numbers alone."""
-    first, best = record.evals[0], record.best()
+    """Before against the best checkpoint (the end, where an alarm rang), from the numbers alone.
+
+    The standard error is that of a difference of two independent means; both evaluations use the same prompts and noise, so it
+    is rather too large than too small.
+    """
+    first, best = record.evals[0], record.judged()
     out = []
     rise = number(best, "reward/total_mean") - number(first, "reward/total_mean")
     error = math.hypot(number(best, "reward/total_sem"), number(first, "reward/total_sem"))
@@ -118,7 +142,7 @@ def changes(record: Record) -> list[Change]:
         words = f"{rise:+.2f} standard deviations of the base policy's rewards" + (
             f", {errors:+.1f} standard errors" if math.isfinite(errors) else ""
         )
-        good = errors >= 3 if math.isfinite(errors) else None
+        good = (None if abs(errors) < 3 else errors > 0) if math.isfinite(errors) else None
         out.append(Change("trained reward", number(first, "reward/total_mean"), number(best, "reward/total_mean"), words, good))
     for key, label, lower in (
         ("distance", "distance to photographs", True),
@@ -130,7 +154,7 @@ def changes(record: Record) -> list[Change]:
         a, b = number(first, key), number(best, key)
         if not (math.isfinite(a) and math.isfinite(b)):
             continue
-        better = b <= a if lower else b >= a
+        better = None if b == a else b < a if lower else b > a
         words = f"{(b - a) / a:+.0%}" if lower and a > 0 else f"{b - a:+.3g}"
         out.append(Change(label, a, b, words, better))
     return out
@@ -141,32 +165,47 @@ def verdict(record: Record) -> str:
     found = {change.label: change for change in changes(record)}
     reward, distance, hit = (found.get(k) for k in ("trained reward", "distance to photographs", "class hit"))
     last, first = record.evals[-1], record.evals[0]
-    hacked = number(last, "distance") > 1.05 * number(first, "distance")
-    if record.alarms and hacked:
+    farther = number(last, "distance") > CLEARLY * number(first, "distance")
+    rose = number(last, "reward/total_mean") > number(first, "reward/total_mean")
+    if record.alarms and farther and rose:
         return (
-            f"The reward was hacked: by step {last['step']} it had risen while the distance to photographs went from "
-            f"{number(first, 'distance'):.1f} to {number(last, 'distance'):.1f}. The alarm said so."
+            f"The reward was hacked: by step {last['step']} it had risen by "
+            f"{number(last, 'reward/total_mean') - number(first, 'reward/total_mean'):.2f} while the distance to photographs went "
+            f"from {number(first, 'distance'):.1f} to {number(last, 'distance'):.1f}. The alarm said so."
         )
+    if record.alarms:
+        return f"The alarm rang at step {record.alarms[0]['step']}; the best checkpoint is step {record.best()['step']}."
     if distance is None:
         return "Nothing independent was measured (no monitors), so whether the pictures got better cannot be said."
-    nearer = distance.good and distance.after < distance.before
-    if nearer and (hit is None or hit.good) and reward is not None and reward.good:
+    nearer = distance.after * CLEARLY < distance.before
+    if nearer and (hit is None or hit.good is not False) and reward is not None and reward.good:
+        held = "the class hit did not fall" if hit is not None else "the class hit was not measured"
         return (
-            f"The pictures got better: at step {record.best()['step']} they are {-(distance.after / distance.before - 1):.0%} nearer "
-            f"to photographs ({distance.before:.1f} to {distance.after:.1f}), the class hit did not fall, and the reward rose."
+            f"The pictures got better: at step {record.best()['step']} they are {1 - distance.after / distance.before:.0%} nearer "
+            f"to photographs ({distance.before:.1f} to {distance.after:.1f}), {held}, and the reward rose by "
+            f"{reward.after - reward.before:.2f} ({reward.words.rsplit(', ', 1)[-1]}).{_held_out(found)}"
         )
     if nearer:
         return (
             f"The pictures came nearer to photographs ({distance.words}), but not everything that counts improved: see the table."
         )
-    return "The pictures did not get better by what was never a reward."
+    return "The pictures did not get clearly better by what was never a reward."
+
+
+def _held_out(found: Mapping[str, Change]) -> str:
+    """What the held-out detectors say, as a sentence of its own."""
+    held = [change for label, change in found.items() if label.startswith("held-out")]
+    if not held:
+        return ""
+    up = sum(change.good is True for change in held)
+    return f" Of {len(held)} held-out detector{'s' * (len(held) > 1)}, {up} believe{'s' * (up == 1)} them more."
 
 
 # ---------------------------------------------------------------- plots
 
 
 def _style(axis: Axes, title: str, direction: str) -> None:
-    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=15)
     axis.set_xlabel("training step", fontsize=9)
     axis.set_ylabel(direction, fontsize=8.5, color=GREY)
     axis.spines[["top", "right"]].set_visible(False)
@@ -188,70 +227,91 @@ def _curve(axis: Axes, record: Record, key: str, colour: str, label: str, error:
     for alarm in record.alarms:
         axis.axvline(alarm["step"], color=RED, linestyle=":", linewidth=1.4)
         axis.annotate(
-            "alarm",
-            (alarm["step"], 1),
-            xycoords=("data", "axes fraction"),
-            color=RED,
-            fontsize=8,
-            ha="right",
-            va="top",
-            rotation=90,
+            "alarm ", (alarm["step"], 1.01), xycoords=("data", "axes fraction"), color=RED, fontsize=8, ha="center", va="bottom"
         )
+
+
+def _plain(text: str) -> str:
+    """A name from a configuration as matplotlib shall draw it: no formula, and never hidden from the legend."""
+    shown = "".join(c if c.isprintable() else " " for c in text)[:60].replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _has(records: Sequence[Record], key: str) -> bool:
     return any(math.isfinite(number(row, key)) for record in records for row in record.evals)
 
 
-def curves(records: Sequence[Record]) -> bytes:
-    """The evaluation curves of the run (blue) and of what it is compared with (orange) as PNG bytes."""
-    panels = [
+Panel = tuple[str, str, str, str | None]  # key, title, direction, key of the standard error
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+    """The curves for which any of the runs has a number."""
+    known: list[Panel] = [
         ("reward/total_mean", "Trained reward", "higher is what was asked for ↑", "reward/total_sem"),
         ("distance", "Distance to photographs", "lower is better ↓", None),
         ("class_hit", "Class hit", "higher is better ↑", None),
         ("heldout_cnn", "Held-out CNN, log-odds of “photograph”", "higher is better ↑", None),
         ("heldout_spectrum", "Held-out spectrum, log-odds", "higher is better ↑", None),
     ]
-    for name in records[0].config.get("rewards", {}):
-        panels.append((f"reward/{name}/mean", f"Reward: {name}", "as its service gave it", f"reward/{name}/sem"))
-    panels = [panel for panel in panels if _has(records, panel[0])]
-    rows = max(1, -(-len(panels) // 2))
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 2.7 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
+    rewards = records[0].config.get("rewards")
+    for name in rewards if isinstance(rewards, Mapping) else ():
+        known.append((f"reward/{name}/mean", f"Reward: {_plain(str(name))}", "as its service gave it", f"reward/{name}/sem"))
+    return [panel for panel in known if _has(records, panel[0])]
+
+
+def curves(records: Sequence[Record], chosen: Sequence[Panel], columns: int = 2) -> bytes:
+    """Evaluation curves of the run (blue) and of what it is compared with (orange, then grey) as PNG bytes."""
+    rows = max(1, -(-len(chosen) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 2.8 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
-    for axis, (key, title, direction, error) in zip(axes.flat, panels, strict=False):
+    for axis, (key, title, direction, error) in zip(axes.flat, chosen, strict=False):
         for record, colour in zip(records, (BLUE, ORANGE, GREY), strict=False):
-            _curve(axis, record, key, colour, record.name, error)
+            _curve(axis, record, key, colour, _plain(record.name), error)
         _style(axis, title, direction)
         if len(records) > 1:
             axis.legend(fontsize=8, frameon=False)
     return _png(figure)
 
 
-def training(record: Record) -> bytes | None:
-    """KL, gradient norm, clipped share and the seconds of a step, as PNG bytes; None without steps."""
-    if not record.steps:
-        return None
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.5), layout="constrained")
+def training(record: Record) -> list[tuple[str, bytes]]:
+    """Title and PNG bytes of each: KL, share of clipped samples, ratio, gradient norm, seconds of a step. Only what was logged."""
     x = [row["step"] for row in record.steps]
-    for axis, key, title in ((axes[0], "kl", "KL to the base policy"), (axes[1], "grad_norm", "Gradient norm")):
-        axis.plot(x, [number(row, key) for row in record.steps], color=BLUE, linewidth=1.2)
-        _style(axis, title, "")
+    out = []
+    for key, title, words in (
+        ("kl", "KL to the base policy", "higher: farther from the start"),
+        ("clipfrac", "Clipped samples", "share of samples"),
+        ("ratio_dev", "Ratio, largest |r − 1|", "against the policy that sampled"),
+        ("grad_norm", "Gradient norm", "before clipping"),
+    ):
+        y = [number(row, key) for row in record.steps]
+        if not any(map(math.isfinite, y)):
+            continue
+        figure, axis = plt.subplots(figsize=(5, 2.5), layout="constrained")
+        axis.plot(x, y, color=BLUE, linewidth=1.2, marker="." if len(x) < 3 else None)
+        _style(axis, title, words)
+        out.append((title, _png(figure)))
     parts = [
         ("seconds/sample", "sampling", BLUE),
         ("seconds/wait", "waiting for rewards", ORANGE),
         ("seconds/train", "training", "#009e73"),
     ]
-    values = [[0.0 if math.isnan(v := number(row, key)) else v for row in record.steps] for key, _, _ in parts]
-    axes[2].stackplot(x, *values, labels=[label for _, label, _ in parts], colors=[c for _, _, c in parts], alpha=0.85)
-    axes[2].legend(fontsize=7.5, frameon=False)
-    _style(axes[2], "Seconds per step", "")
-    return _png(figure)
+    values = [[0.0 if not math.isfinite(v := number(row, key)) else v for row in record.steps] for key, _, _ in parts]
+    if any(map(any, values)):
+        figure, axis = plt.subplots(figsize=(5, 2.5), layout="constrained")
+        axis.stackplot(x, *values, labels=[label for _, label, _ in parts], colors=[c for _, _, c in parts], alpha=0.85)
+        axis.set_ylim(0, 1.35 * max(map(sum, zip(*values, strict=True))))
+        axis.legend(fontsize=7.5, frameon=False, ncols=3, loc="upper left")
+        _style(axis, "Seconds per step", "lower is better ↓")
+        out.append(("Seconds per step", _png(figure)))
+    return out
 
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run may be named in any script
+        figure.savefig(buffer, dpi=130, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
@@ -264,10 +324,18 @@ def grid_of(record: Record, step: int) -> bytes | None:
     for pattern in (f"step_{step:05d}.png", f"step_{step:06d}.png"):
         path = record.folder / "grids" / pattern
         if path.is_file():
-            with Image.open(path, formats=["PNG"]) as picture:
-                picture.verify()
-            return path.read_bytes()
+            return _picture(path)
     return None
+
+
+def _picture(path: Path) -> bytes | None:
+    """The bytes of a PNG file, or None where it is missing or is none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return path.read_bytes()
 
 
 def _uri(data: bytes) -> str:
@@ -299,14 +367,38 @@ def _section(record: Record) -> dict[str, Any]:
             }
             for c in changes(record)
         ],
+        "judged": f"{record.judged_label()}, step {record.judged()['step']}",
         "best": best["step"],
+        "running": not record.done,
+        "unscored": _unscored(record),
         "steps": len(record.steps),
-        "alarms": [{"step": a["step"], "reason": a["reason"], "best": a.get("best_step")} for a in record.alarms],
+        "alarms": [
+            {"step": a["step"], "reason": a.get("reason", "no reason was written"), "best": a.get("best_step")}
+            for a in record.alarms
+        ],
         "grids": shown,
-        "failed": sum(int(number(row, "failed_scores")) for row in record.steps if math.isfinite(number(row, "failed_scores"))),
-        "masked": sum(int(number(row, "masked_samples")) for row in record.steps if math.isfinite(number(row, "masked_samples"))),
         "config": yaml.safe_dump(record.config, sort_keys=False),
     }
+
+
+def _unscored(record: Record) -> list[tuple[str, str]]:
+    """What was not scored, counted: in training by reason, in evaluations, masked samples, skipped steps."""
+
+    def total(rows: Sequence[Row], key: str) -> int:
+        return sum(int(v) for row in rows if math.isfinite(v := number(row, key)))
+
+    reasons: dict[str, int] = {}
+    for row in record.steps:
+        for kind, count in (row.get("failures") or {}).items():
+            reasons[str(kind)] = reasons.get(str(kind), 0) + int(count)
+    out = [
+        ("scores that failed in training", str(total(record.steps, "failed_scores"))),
+        ("samples left out of the loss", str(total(record.steps, "masked_samples"))),
+        ("training steps without any score", str(total(record.steps, "skipped"))),
+        ("groups without a difference to learn from", str(total(record.steps, "zero_std_groups"))),
+        ("scores that failed in evaluations", str(total(record.evals, "failed_scores"))),
+    ]
+    return out + [(f"failures: {kind}", str(count)) for kind, count in sorted(reasons.items())]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -325,18 +417,17 @@ PAGE = Path(__file__).with_suffix(".html")
 def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
     """Write `report.html` and `report_curves.png` into the run's folder and return the page's path."""
     records = [read(Path(folder)) for folder in (run_dir, *compare)]
-    drawn = curves(records)
-    (records[0].folder / "report_curves.png").write_bytes(drawn)
-    below = training(records[0])
-    photographs = records[0].folder / "grids" / "photographs.png"
+    chosen = panels(records)
+    (records[0].folder / "report_curves.png").write_bytes(curves(records, chosen))
+    photographs = _picture(records[0].folder / "grids" / "photographs.png")
     page = (
         Environment(autoescape=True, trim_blocks=True)
         .from_string(PAGE.read_text())
         .render(
             runs=[_section(record) for record in records],
-            curves=_uri(drawn),
-            training=_uri(below) if below is not None else None,
-            photographs=_uri(photographs.read_bytes()) if photographs.is_file() else None,
+            curves=[(panel[1], _uri(curves(records, [panel], columns=1))) for panel in chosen],
+            training=[(title, _uri(data)) for title, data in training(records[0])],
+            photographs=_uri(photographs) if photographs is not None else None,
             versions=_flat(records[0].versions),
         )
     )

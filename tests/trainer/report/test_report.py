@@ -17,7 +17,18 @@ def make_run(folder: Path, name: str, evals: list[dict[str, Any]], alarm: bool =
     """A run folder with invented numbers: data of a test, never shown to anyone."""
     (folder / "grids").mkdir(parents=True)
     rows = [{"kind": "eval", **e} for e in evals]
-    rows += [{"kind": "step", "step": i, "kl": 0.01, "grad_norm": 0.1, "seconds/sample": 1.0, "failed_scores": 1} for i in range(3)]
+    rows += [
+        {
+            "kind": "step",
+            "step": i,
+            "kl": 0.01,
+            "grad_norm": 0.1,
+            "seconds/sample": 1.0,
+            "failed_scores": 1,
+            "failures": {"timeout": 1},
+        }
+        for i in range(3)
+    ]
     if alarm:
         rows.append({"kind": "alarm", "step": evals[-1]["step"], "reason": "<b>bad</b>", "action": "stop", "best_step": 0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
@@ -55,7 +66,33 @@ def test_the_verdict_comes_from_the_numbers(tmp_path: Path) -> None:
     assert found["trained reward"].good and "+5.7 standard errors" in found["trained reward"].words
     assert found["distance to photographs"].words == "-38%" and "held-out spectrum (log-odds)" not in found
     hacked = verdict(read(make_run(tmp_path / "naive", "naive", HACKED, alarm=True)))
-    assert "hacked" in hacked and "16.0 to 110.0" in hacked
+    assert "hacked" in hacked and "risen by 2.50" in hacked and "16.0 to 110.0" in hacked
+    assert "the reward rose by 0.40 (+5.7 standard errors)" in text and "1 held-out detector, 1 believes them more" in text
+
+
+def test_an_alarm_is_judged_by_where_it_ended(tmp_path: Path) -> None:
+    """Its best checkpoint is often the untouched policy, against which nothing would seem to have happened."""
+    record = read(make_run(tmp_path / "naive", "naive", HACKED, alarm=True))
+    found = {change.label: change for change in changes(record)}
+    assert record.best()["step"] == 0 and found["distance to photographs"].after == 110.0
+    assert found["distance to photographs"].good is False and found["class hit"].good is False
+    assert "where it ended, step 20" in write_report(record.folder).read_text()
+
+
+def test_an_alarm_without_a_risen_reward_is_not_called_hacked(tmp_path: Path) -> None:
+    fallen = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, -0.5, 60.0, 0.55)]
+    text = verdict(read(make_run(tmp_path / "r", "fallen", fallen, alarm=True)))
+    assert "hacked" not in text and "alarm rang at step 10" in text
+
+
+def test_a_distance_that_hardly_moved_is_not_called_better(tmp_path: Path) -> None:
+    still = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 0.9, 15.6, 0.70)]
+    assert "not get clearly better" in verdict(read(make_run(tmp_path / "r", "still", still)))
+
+
+def test_no_change_is_neither_good_nor_bad(tmp_path: Path) -> None:
+    same = [evaluation(0, 0.0, 16.0, 0.70)]
+    assert [change.good for change in changes(read(make_run(tmp_path / "r", "same", same)))] == [None] * 4
 
 
 def test_a_small_rise_is_not_called_better(tmp_path: Path) -> None:
@@ -73,7 +110,8 @@ def test_the_page_is_whole_and_trusts_nothing(tmp_path: Path) -> None:
     assert evil not in page and "&lt;script&gt;" in page and "<b>bad</b>" not in page
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page) and "<script" not in page
     assert page.count("data:image/png;base64,") >= 7  # curves, training, three grids, two or three of the other run
-    assert "Alarm at step 20" in page and "3 scores failed" in page
+    assert "Alarm at step 20" in page
+    assert '<td>scores that failed in training</td><td class="n">3</td>' in page and "failures: timeout" in page
     with Image.open(good / "report_curves.png") as picture:
         assert picture.width > 800
 
@@ -93,3 +131,41 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ReportError, match="no evaluation yet"):
         read(tmp_path)
+
+
+def test_hostile_names_do_not_break_the_plots(tmp_path: Path) -> None:
+    for n, name in enumerate((r"$\frac{", "_hidden", "\u5b9f\u884c", "a\x07b" * 50)):
+        run = make_run(tmp_path / str(n), name, GOOD, rewards={r"$\bad{": {"url": "http://x"}, "detector": None})
+        assert write_report(run, [run]).is_file()
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", "r", GOOD)
+    (folder / "metrics.jsonl").write_text(
+        '{"kind": "eval", "step": 0, "reward/total_mean": NaN, "distance": Infinity, "class_hit": null}\n'
+        '[1]\n{"kind": "eval"}\n{"kind": "step", "step": 1, "kl": NaN, "seconds/sample": NaN, "failed_scores": null}\n'
+        '{"kind": "alarm", "step": 1}\n'
+    )
+    (folder / "done.json").write_text("{}")
+    page = write_report(folder).read_text()
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower() and "no reason was written" in page
+    assert "the run has not ended" in page
+
+
+def test_a_broken_picture_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", "r", GOOD)
+    (folder / "grids" / "step_000000.png").write_bytes(b"no picture")
+    (folder / "grids" / "photographs.png").write_text("<svg onload=alert(1)>")
+    page = write_report(folder).read_text()
+    assert 'pictures at step 0"' not in page and 'pictures at step 10"' in page and "<figcaption>photographs" not in page
+
+
+def test_a_broken_line_in_the_middle_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", "r", GOOD)
+    (folder / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\nbroken\n{"kind": "eval", "step": 1}\n')
+    with pytest.raises(ReportError, match="line 2 is not JSON"):
+        read(folder)
+    (folder / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n')
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(ReportError, match=r"config\.yaml cannot be read"):
+        read(folder)
