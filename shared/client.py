@@ -90,7 +90,7 @@ class RewardClient:
         if not services:
             raise ValueError("name at least one reward and its URL, e.g. {'detector': 'http://localhost:8001'}")
         self._replicas = {
-            name: [_Replica(_checked_url(name, url)) for url in ([urls] if isinstance(urls, str) else urls)]
+            name: [_Replica(url.rstrip("/")) for url in ([urls] if isinstance(urls, str) else urls)]
             for name, urls in services.items()
         }
         for name, replicas in self._replicas.items():
@@ -115,6 +115,7 @@ class RewardClient:
 
     async def _info(self, name: str, urls: Sequence[str]) -> RewardInfo:
         for url in urls:
+            _check_url(name, url)
             try:
                 answer = await self._http.get(f"{url}/v1/rewards", timeout=min(10.0, self.timeout_s))
                 answer.raise_for_status()
@@ -196,6 +197,7 @@ class RewardClient:
             )
             replica.in_flight += len(items)
             try:
+                _check_url(name, replica.url)
                 answer = await asyncio.wait_for(self._post(replica, request), left)
                 scores = [item.scores[name] for item in answer.items]
                 if [item.id for item in answer.items] != [item.id for item in items]:
@@ -203,6 +205,9 @@ class RewardClient:
                 return scores, answer.rewards[name].version
             except TimeoutError:
                 problem = late
+                break
+            except ServiceUnreachable as error:
+                problem = error.problem().model_copy(update={"retryable": False})
                 break
             except RequestFailed as error:
                 problem = error.problem()
@@ -247,14 +252,15 @@ class RewardClient:
         raise RequestFailed(_problem(replica.url, answer))
 
 
-def _checked_url(reward: str, url: str) -> str:
+def _check_url(reward: str, url: str) -> None:
+    """ServiceUnreachable for what can never be a service's address, before anything waits for it."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"the URL {url!r} of reward {reward!r} cannot be read ({error}); write it as http://HOST:PORT") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"the URL {url!r} of reward {reward!r} is not one; write it as http://HOST:PORT")
-    return url.rstrip("/")
+        sound = parsed.scheme in ("http", "https") and bool(parsed.host)
+    except httpx.InvalidURL:
+        sound = False
+    if not sound:
+        raise ServiceUnreachable(f"{url!r}, the URL of reward {reward!r}, is not one; write it as http://HOST:PORT")
 
 
 def _problem(url: str, answer: httpx.Response) -> Problem:

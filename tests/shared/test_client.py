@@ -238,8 +238,12 @@ def test_info_asks_the_next_replica_and_names_what_is_served() -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8001", "http://host:port", "ftp://host", "http://", ""])
 def test_a_misspelt_url_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ValueError, match="write it as http://HOST:PORT"):
-        RewardClientSync({"mean": url})
+    began = time.monotonic()
+    with RewardClientSync({"mean": url}) as client:
+        with pytest.raises(ServiceUnreachable, match="reward 'mean', is not one; write it as http://HOST:PORT"):
+            client.info()
+        table = client.score(pictures(2))
+    assert time.monotonic() - began < 2 and table.failures == {"urn:verism:unreachable": 2} and not table.mask_RB.any()
 
 
 def test_a_client_without_services_says_what_it_wants() -> None:
