@@ -56,12 +56,18 @@ class Record:
         step = self.done.get("best_step")
         return next((row for row in self.evals if row["step"] == step), self.evals[-1])
 
+    def hacked(self) -> bool:
+        """The alarm rang, and the run ended with more reward and clearly farther from photographs than it started."""
+        first, last = self.evals[0], self.evals[-1]
+        farther = number(last, "distance") > CLEARLY * number(first, "distance")
+        return bool(self.alarms) and farther and number(last, "reward/total_mean") > number(first, "reward/total_mean")
+
     def judged(self) -> Row:
-        """The evaluation that `before` is held against: the last one where an alarm rang, so that the damage is seen; else the best."""
-        return self.evals[-1] if self.alarms else self.best()
+        """What `before` is held against: the best checkpoint, or, so that the damage is seen, the end of a hacked run."""
+        return self.evals[-1] if self.hacked() else self.best()
 
     def judged_label(self) -> str:
-        if self.alarms:
+        if self.hacked():
             return "where it ended"
         known = any(row["step"] == self.done.get("best_step") for row in self.evals)
         return "best checkpoint" if known else "last evaluation"
@@ -128,7 +134,7 @@ class Change:
 
 
 def changes(record: Record) -> list[Change]:
-    """Before against the best checkpoint (the end, where an alarm rang), from the numbers alone.
+    """Before against the best checkpoint (the end of a hacked run), from the numbers alone.
 
     The standard error is that of a difference of two independent means; both evaluations use the same prompts and noise, so it
     is rather too large than too small.
@@ -161,20 +167,25 @@ def changes(record: Record) -> list[Change]:
 
 
 def verdict(record: Record) -> str:
-    """The finding in one sentence."""
+    """The finding in a sentence or two."""
+    if not record.hacked():
+        rang = f" The alarm rang at step {record.alarms[0]['step']}." if record.alarms else ""
+        return _finding(record) + rang
+    last, first, best = record.evals[-1], record.evals[0], record.best()
+    text = (
+        f"The reward was hacked: by step {last['step']} it had risen by "
+        f"{number(last, 'reward/total_mean') - number(first, 'reward/total_mean'):.2f} while the distance to photographs went "
+        f"from {number(first, 'distance'):.1f} to {number(last, 'distance'):.1f}. The alarm said so."
+    )
+    if CLEARLY * number(best, "distance") < number(first, "distance"):
+        text += f" Before that, at step {best['step']}, the distance was down to {number(best, 'distance'):.1f}; that checkpoint is kept."
+    return text
+
+
+def _finding(record: Record) -> str:
+    """Whether the best checkpoint is better than the start."""
     found = {change.label: change for change in changes(record)}
     reward, distance, hit = (found.get(k) for k in ("trained reward", "distance to photographs", "class hit"))
-    last, first = record.evals[-1], record.evals[0]
-    farther = number(last, "distance") > CLEARLY * number(first, "distance")
-    rose = number(last, "reward/total_mean") > number(first, "reward/total_mean")
-    if record.alarms and farther and rose:
-        return (
-            f"The reward was hacked: by step {last['step']} it had risen by "
-            f"{number(last, 'reward/total_mean') - number(first, 'reward/total_mean'):.2f} while the distance to photographs went "
-            f"from {number(first, 'distance'):.1f} to {number(last, 'distance'):.1f}. The alarm said so."
-        )
-    if record.alarms:
-        return f"The alarm rang at step {record.alarms[0]['step']}; the best checkpoint is step {record.best()['step']}."
     if distance is None:
         return "Nothing independent was measured (no monitors), so whether the pictures got better cannot be said."
     nearer = distance.after * CLEARLY < distance.before

@@ -79,6 +79,17 @@ def test_an_alarm_is_judged_by_where_it_ended(tmp_path: Path) -> None:
     assert "where it ended, step 20" in write_report(record.folder).read_text()
 
 
+def test_an_alarm_after_real_progress_does_not_hide_it(tmp_path: Path) -> None:
+    """The run is stopped because it turned, and its best checkpoint is still better than its start."""
+    turned = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, 0.4, 10.0, 0.75), evaluation(20, 0.6, 12.0, 0.72)]
+    record = read(make_run(tmp_path / "a", "turned", turned, alarm=True))
+    assert "got better" in verdict(record) and "38%" in verdict(record) and "alarm rang at step 20" in verdict(record)
+    assert {c.label: c.after for c in changes(record)}["distance to photographs"] == 10.0
+    lost = [*turned[:2], evaluation(20, 2.0, 40.0, 0.5)]
+    text = verdict(read(make_run(tmp_path / "b", "lost", lost, alarm=True)))
+    assert "hacked" in text and "at step 10, the distance was down to 10.0" in text
+
+
 def test_an_alarm_without_a_risen_reward_is_not_called_hacked(tmp_path: Path) -> None:
     fallen = [evaluation(0, 0.0, 16.0, 0.70), evaluation(10, -0.5, 60.0, 0.55)]
     text = verdict(read(make_run(tmp_path / "r", "fallen", fallen, alarm=True)))
