@@ -1,0 +1,209 @@
+"""SD3 beyond the embedded pipeline: random ones of the same classes with and without a T5, shifted, checkpointed, in half precision."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from tests.trainer import tiny
+from trainer.checkpoint import CheckpointError, Saved, check_model
+from trainer.losses.grpo import grpo
+from trainer.policies.sd3 import SD3Policy
+from trainer.sampling.rollout import ratio_deviation, replay, sample
+from trainer.types import Prompt, Rollout, Window
+
+CLIP = 1e-4  # the published range of an SDE with mean log-probabilities; rounding must stay under a tenth of it
+SMALL = {"rank": 2, "alpha": 4}
+
+
+def build(folder: Path, seed: int = 0, **options: Any) -> SD3Policy:
+    """A policy over random base weights of that seed; `t5` and `dynamic_shift` shape the pipeline, the rest are SD3Options."""
+    shape = {key: options.pop(key) for key in ("t5", "dynamic_shift") if key in options}
+    return SD3Policy.load(tiny.write(folder, seed=seed, **shape), **{"max_sequence_length": tiny.LENGTH, "lora": SMALL, **options})
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "t5, dynamic shift": {"t5": True, "dynamic_shift": True},
+    "without its t5": {"t5": True, "text_encoder_3": False},
+    "every weight": {"lora": None},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+CASES = [pytest.param(options, id=name) for name, options in VARIANTS.items()]
+PROMPTS = [Prompt(0, "a photo of a bag")] * 2 + [Prompt(1, "a red boot")] * 2
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def draw(
+    policy: Any, *, guidance: float = 1.0, kind: str = "sde", micro_batch: int = 4, size: tuple[int, int] = (16, 24)
+) -> Rollout:
+    return sample(
+        policy,
+        PROMPTS,
+        list(range(4)),
+        sigmas=policy.sigmas(6, *size),
+        shape=policy.latent_shape(*size),
+        window=Window(1, 2),
+        kind=kind,
+        guidance=guidance,
+        micro_batch=micro_batch,
+    )
+
+
+def push(policy: Any, scale: float = 0.05) -> None:
+    """Move every trained weight somewhere else."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def velocity(policy: Any, guidance: float = 1.0) -> torch.Tensor:
+    x = torch.randn(2, *policy.latent_shape(16, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        out: torch.Tensor = policy.velocity(x, torch.tensor(0.6), policy.encode(["a photo of a bag", "a red boot"]), guidance)
+    return out
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_fresh_sample_is_judged_as_it_was_drawn(options: dict[str, Any], guidance: float, tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    push(policy)
+    for kind in ("sde", "dance", "cps"):
+        rollout = draw(policy, guidance=guidance, kind=kind)
+        assert rollout.states_BT.shape[:2] == (4, 3) and rollout.states_BT.dtype == torch.float32
+        assert rollout.images_BHWC.shape == (4, 16, 24, 3) and rollout.images_BHWC.dtype == np.uint8
+        assert ratio_deviation(policy, rollout, 4) < CLIP / 10
+        before = rollout.logp_old_BT[:, 0]
+        assert before.isfinite().all()
+    push(policy, 0.2)
+    with torch.no_grad():
+        after, _ = replay(policy, rollout, 0)
+    assert after.logp_B is not None and not torch.allclose(after.logp_B, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_the_loss_reaches_every_trained_weight(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    push(policy)
+    rollout = draw(policy)
+    step, v = replay(policy, rollout, 0)
+    assert step.logp_B is not None and v.shape == rollout.states_BT[:, 0].shape and v.dtype == torch.float32
+    grpo(step.logp_B, rollout.logp_old_BT[:, 0], torch.tensor([1.0, -1.0, 1.0, -1.0]), CLIP, CLIP).values_B.sum().backward()
+    weights = policy.trainable()
+    assert weights and all(p.dtype == torch.float32 for p in weights.values())
+    still = [name for name, p in weights.items() if p.grad is None or not p.grad.any()]
+    # biases of keys cancel in a softmax, and what feeds only a softmax over one entry has no gradient
+    assert len(still) <= 0.2 * len(weights), still
+    assert all(p.grad.isfinite().all() for p in weights.values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_pictures_do_not_depend_on_the_batch(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    whole, parts = draw(policy), draw(policy, micro_batch=1)
+    torch.testing.assert_close(whole.states_BT, parts.states_BT, rtol=1e-4, atol=1e-4)
+    assert np.abs(whole.images_BHWC.astype(int) - parts.images_BHWC).max() <= 1
+    assert not torch.allclose(whole.latents_BCHW[0], whole.latents_BCHW[1]), "other seeds give other pictures"
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_training_changes_the_output_and_the_reference_stays(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    base = velocity(policy)
+    with policy.reference():
+        torch.testing.assert_close(velocity(policy), base)
+    push(policy)
+    moved = velocity(policy)
+    assert (moved - base).abs().max() > 1e-3
+    with policy.reference():
+        torch.testing.assert_close(velocity(policy), base)
+    assert torch.equal(velocity(policy), moved)
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert torch.equal(velocity(policy), moved), "an error inside reference() leaves the policy trained"
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_prompts_and_guidance_matter(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    condition = policy.encode(["a photo of a bag", "a red boot", "a photo of a bag"])
+    assert len(condition) == 3 and len(condition[slice(0, 2)]) == 2
+    for rows in condition.tensors.values():
+        assert torch.equal(rows[0], rows[2])
+    assert any(not torch.equal(rows[0], rows[1]) for rows in condition.tensors.values())
+    assert (velocity(policy, 3.0) - velocity(policy)).abs().max() > 1e-4
+    torch.testing.assert_close(velocity(policy, 1.0), velocity(policy, 1.0 + 1e-7), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_weights_go_out_and_come_back(options: dict[str, Any], tmp_path: Path) -> None:
+    policy, twin, other = (build(tmp_path / str(n), n // 2, **options) for n in range(3))
+    push(policy)
+    save_file({k: v.detach().contiguous() for k, v in policy.trainable().items()}, tmp_path / "weights.safetensors")
+    saved = load_file(tmp_path / "weights.safetensors")
+    assert saved.keys() == twin.trainable().keys()
+    with torch.no_grad():
+        for name, parameter in twin.trainable().items():
+            parameter.copy_(saved[name])
+    assert torch.equal(velocity(twin), velocity(policy))
+    mark = Saved({}, {"fingerprint": policy.fingerprint(), "step": 3})
+    check_model(mark, twin.fingerprint())  # training does not change the mark, another base does
+    with pytest.raises(CheckpointError, match="another model.*policy.path"):
+        check_model(mark, other.fingerprint())
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_the_schedule_runs_from_noise_to_data(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = build(tmp_path, **options)
+    for steps in (2, 10):
+        sigmas = policy.sigmas(steps, 16, 24)
+        assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
+        assert math.isclose(float(sigmas[0]), 1) and float(sigmas[-1]) == 0 and (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_without_noise_it_is_the_pipeline_itself(options: dict[str, Any], guidance: float, tmp_path: Path) -> None:
+    """The twin: the library's own sampler, from the same first noise, paints the same latents and the same picture."""
+    policy = build(tmp_path, **options)
+    push(policy)
+    size = {"height": 16, "width": 24}
+    start = torch.randn(4, *policy.latent_shape(**size), generator=torch.Generator().manual_seed(5))
+    condition, sigmas = policy.encode([p.text for p in PROMPTS]), policy.sigmas(5, **size)
+    x = start
+    with torch.no_grad():
+        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+            x = x + (then - now) * policy.velocity(x, now, condition, guidance)
+    policy.pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 5, "guidance_scale": guidance, "max_sequence_length": tiny.LENGTH, **size}
+    texts = [p.text for p in PROMPTS]
+    latents = policy.pipeline(texts, latents=start.clone(), output_type="latent", **call).images
+    torch.testing.assert_close(x, latents, rtol=1e-4, atol=1e-4)
+    pixels = policy.pipeline(texts, latents=start.clone(), output_type="np", **call).images
+    assert np.abs(policy.decode(x) - 255 * pixels).max() < 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("lora", [SMALL, None])
+def test_a_network_in_half_precision_trains_in_float32(dtype: str, lora: dict[str, int] | None, tmp_path: Path) -> None:
+    policy = build(tmp_path, dtype=dtype, lora=lora)
+    push(policy)
+    rollout = draw(policy)
+    step, v = replay(policy, rollout, 0)
+    assert step.logp_B is not None and v.dtype == torch.float32 and rollout.states_BT.dtype == torch.float32
+    assert ratio_deviation(policy, rollout, 4) < CLIP / 10
+    step.logp_B.sum().backward()
+    assert all(p.dtype == torch.float32 for p in policy.trainable().values())
