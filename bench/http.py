@@ -1,7 +1,8 @@
 """What HTTP costs: the same detector in a plain loop, in plain batches, and behind the service, in one run.
 
 Every way scores the same photographs with the same number of threads. Plain ways run in a child process of their own, the
-service in another, the client here; rounds are interleaved, and the median counts.
+service in another, the client here; rounds are interleaved, and the median counts. CPU is counted per process: what the scoring process
+used, and, apart from it, what the client used. Other work on the same cores changes every figure; the load is written beside them.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ from rich.table import Table
 
 from shared.client import RewardClient
 from world import photographs
+
+Sample = tuple[float, float, float]  # seconds: wall, CPU of the process that scores, CPU of the client
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
@@ -66,7 +69,8 @@ def run(rounds: int, pictures: int) -> int:
         try:
             _wait(f"http://127.0.0.1:{port}")
             images = list(photographs.load("test")[0][:pictures])
-            ways: dict[str, list[tuple[float, float]]] = {}
+            ways: dict[str, list[Sample]] = {}
+            before = os.getloadavg()[0]
             for _ in track(range(rounds + 1), description="rounds (the first warms up)"):
                 for size, name in ((1, "plain loop"), (BATCH, "plain batches")):
                     ways.setdefault(name, []).append(_plain(plain, size))
@@ -77,7 +81,7 @@ def run(rounds: int, pictures: int) -> int:
             plain.terminate()
             server.wait(30)
             plain.wait(30)
-    return _show({name: values[1:] for name, values in ways.items()}, pictures)
+    return _show({name: values[1:] for name, values in ways.items()}, pictures, before)
 
 
 def _wait(url: str) -> None:
@@ -90,16 +94,16 @@ def _wait(url: str) -> None:
     raise RuntimeError("the service did not start; try `verism-serve examples/serve/detector.yaml` to see why")
 
 
-def _plain(process: subprocess.Popen[str], size: int) -> tuple[float, float]:
+def _plain(process: subprocess.Popen[str], size: int) -> Sample:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(f"{size}\n")
     process.stdin.flush()
     wall, cpu = process.stdout.readline().split()
-    return float(wall), float(cpu)
+    return float(wall), float(cpu), 0.0
 
 
-def _http(server: subprocess.Popen[bytes], url: str, images: list[np.ndarray], size: int) -> tuple[float, float]:
-    """32 pictures in flight at any time, in requests of `size`; wall seconds, and CPU seconds of the server."""
+def _http(server: subprocess.Popen[bytes], url: str, images: list[np.ndarray], size: int) -> Sample:
+    """Requests of `size`, 32 pictures being scored at any time (with requests of 32, the next one waits at the door)."""
     watched = psutil.Process(server.pid)
 
     async def work() -> float:
@@ -115,26 +119,42 @@ def _http(server: subprocess.Popen[bytes], url: str, images: list[np.ndarray], s
             await asyncio.gather(*(one(start) for start in range(0, len(images), size)))
             return time.perf_counter() - began
 
-    before = sum(watched.cpu_times()[:2])
+    server_before, client_before = sum(watched.cpu_times()[:2]), time.process_time()
     wall = asyncio.run(work())
-    return wall, sum(watched.cpu_times()[:2]) - before
+    return wall, sum(watched.cpu_times()[:2]) - server_before, time.process_time() - client_before
 
 
-def _show(ways: dict[str, list[tuple[float, float]]], pictures: int) -> int:
-    table = Table("way", "images/s (median)", "min to max", "of plain batches", "CPU ms per image")
-    rates = {name: [pictures / wall for wall, _ in values] for name, values in ways.items()}
-    base = statistics.median(rates["plain batches"])
+def _show(ways: dict[str, list[Sample]], pictures: int, load: float) -> int:
+    """`of plain batches` is the median over rounds of the ratio within a round: neighbours in time share the machine's mood."""
+    table = Table("way", "images/s", "min to max", "of plain batches", "min to max", "CPU ms per image", "of the client")
+    rates = {name: [pictures / wall for wall, *_ in values] for name, values in ways.items()}
     results = {}
     for name, values in ways.items():
         median = statistics.median(rates[name])
-        cpu = 1000 * statistics.median(c for _, c in values) / pictures
-        results[name] = {"images_per_second": median, "of_plain_batches": median / base, "cpu_ms_per_image": cpu}
-        spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
-        table.add_row(name, f"{median:.0f}", spread, f"{median / base:.2f}", f"{cpu:.2f}")
+        ratios = [mine / plain for mine, plain in zip(rates[name], rates["plain batches"], strict=True)]
+        cpu, client = (1000 * statistics.median(value[i] for value in values) / pictures for i in (1, 2))
+        results[name] = {
+            "images_per_second": median,
+            "images_per_second_range": (min(rates[name]), max(rates[name])),
+            "of_plain_batches": statistics.median(ratios),
+            "of_plain_batches_range": (min(ratios), max(ratios)),
+            "cpu_ms_per_image": cpu,
+            "client_cpu_ms_per_image": client,
+        }
+        spread, relative = (f"{min(v):{f}} to {max(v):{f}}" for v, f in ((rates[name], ".0f"), (ratios, ".2f")))
+        table.add_row(name, f"{median:.0f}", spread, f"{statistics.median(ratios):.2f}", relative, f"{cpu:.2f}", f"{client:.2f}")
     Console().print(table)
     out = ROOT / "bench" / "results" / "http.json"
     out.parent.mkdir(exist_ok=True)
-    stamp = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(), "pictures": pictures, "batch": BATCH}
+    stamp = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": os.cpu_count(),
+        "load_before": round(load, 2),
+        "load_after": round(os.getloadavg()[0], 2),
+        "rounds": len(rates["plain batches"]),
+        "pictures": pictures,
+        "batch": BATCH,
+    }
     out.write_text(json.dumps({**stamp, "ways": results}, indent=1) + "\n")
     Console().print(f"written to {out.relative_to(ROOT)}")
     return 0
