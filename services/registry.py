@@ -10,6 +10,7 @@ REWARDS: dict[str, str] = {
     "alignment": "services.rewards.alignment:Alignment",
     "jpeg_size": "services.rewards.jpeg_size:JpegSize",
     "ocr": "services.rewards.ocr:Ocr",
+    "safety": "services.rewards.safety:Safety",
 }
 
 

@@ -1,0 +1,130 @@
+"""What the detectors share: pictures to batches on the device, and checkpoints from disk or hub, read without unpickling code."""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_NESTS = ("model", "state_dict", "module")
+
+
+class WeightsOptions(BaseModel):
+    """Where a checkpoint lies: a local `path` (file, or folder with one weight file), or a `hub` id with `file` and `revision`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Path | None = Field(default=None, description="local .safetensors or .pth, or a folder with one of them")
+    hub: str | None = Field(default=None, description="hub id, e.g. Yunncheng/OmniAID; needs `file` and `revision`")
+    file: str | None = Field(default=None, description="the weight file inside the hub repository (or inside the folder `path`)")
+    revision: str | None = Field(default=None, description="commit of the hub repository, so that scores stay comparable")
+    licence: str = "see the model card"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (local file or folder) or `hub` (hub id)")
+        if self.hub is not None and (self.file is None or self.revision is None):
+            raise ValueError("a `hub` id needs its `file` and its `revision` (a commit), or scores change when the hub does")
+        return self
+
+    def locate(self) -> Path:
+        """The weight file on this disk; FileNotFoundError says what was looked for."""
+        if self.hub is not None:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(self.hub, str(self.file), revision=self.revision))
+        assert self.path is not None
+        if self.path.is_file():
+            return self.path
+        if self.file is not None:
+            found = [self.path / self.file] if (self.path / self.file).is_file() else []
+        else:
+            found = sorted([*self.path.glob("*.safetensors"), *self.path.glob("*.pth"), *self.path.glob("*.bin")])
+        if len(found) != 1:
+            raise FileNotFoundError(
+                f"expected one weight file at {self.path}, found {[p.name for p in found]}; name it with `file`"
+            )
+        return found[0]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, or from a torch file that holds tensors only (also under `model` or `state_dict`).
+
+    A trainer's argparse.Namespace beside the weights is let through: it is a bag of attributes. Anything else that would have to be
+    unpickled is refused.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is not a whole safetensors file ({error}); fetch it again") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile bytes make the reader raise nearly anything
+        raise ValueError(
+            f"{path.name} is not a file of tensors, and reading more would run code from it; ask for a safetensors file "
+            f"({type(error).__name__})"
+        ) from error
+    for nest in _NESTS:
+        if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
+            found = found[nest]
+    state = (
+        {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    )
+    if not state:
+        raise ValueError(f"{path.name} holds no tensors by name; it is not a checkpoint")
+    return state
+
+
+def fill(module: torch.nn.Module, state: Mapping[str, Tensor], source: str, optional: Sequence[str] = ()) -> None:
+    """Copy `state` into `module`; ValueError names what is missing, left over or of another shape. `optional` are endings."""
+    own = module.state_dict()
+    missing = [k for k in own if k not in state]
+    left = [k for k in state if k not in own and not k.endswith(tuple(optional))]
+    shapes = [
+        f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape
+    ]
+    found = [
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("of another shape", shapes), ("unknown", left))
+        if names
+    ]
+    if found:
+        raise ValueError(f"{source} does not fit: {'; '.join(found)}. Check the options that describe the architecture")
+    module.load_state_dict({k: state[k] for k in own})
+
+
+def batched(images: Sequence[NDArray[np.uint8]], device: torch.device, side: int, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, 3, side, side) float32 in the pictures' order; `resize` gets (n, 3, H, W) in 0..255 of pictures of one size at once."""
+    out = torch.empty(len(images), 3, side, side, device=device)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(index)
+    for indices in by_size.values():
+        pixels = torch.from_numpy(np.stack([images[i] for i in indices])).to(device).permute(0, 3, 1, 2).float()
+        out[indices] = resize(pixels)
+    return out
+
+
+def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """0..255 pixels (B, 3, H, W) to (x / 255 - mean) / std."""
+    shift = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
+    scale = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
+    return lambda pixels: (pixels - shift) / scale

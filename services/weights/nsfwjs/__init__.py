@@ -1,0 +1,1 @@
+"""The MobileNetV2 of npm's nsfwjs, as safetensors."""
