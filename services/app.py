@@ -6,7 +6,6 @@ this file never sees torch.
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -23,6 +22,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from services import logs, page, telemetry
 from services.config import ServiceConfig
 from services.registry import resolve
 from services.reward import Item, Reward
@@ -183,6 +183,7 @@ async def parse(headers: Headers, body: bytes) -> tuple[wire.Parsed, str]:
 
 def create_app(config: ServiceConfig) -> FastAPI:
     """Load the rewards and build the app; raises ValueError when a reward cannot be loaded."""
+    telemetry.configure()
     state = State(config, Metrics())
     state.rewards = load_rewards(config, state.metrics, pick_device(config.device))
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
@@ -197,6 +198,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         yield
         state.draining = True
         await asyncio.gather(*(lane.drain(config.drain_s) for lane in lanes))
+        await asyncio.to_thread(telemetry.flush)
         pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
@@ -204,6 +206,8 @@ def create_app(config: ServiceConfig) -> FastAPI:
         version="0.1.0",
         description="Realism and other rewards for pictures. `curl -F image=@photo.jpg http://localhost:8000/score`",
         lifespan=lifespan,
+        docs_url=None,  # services.page serves /docs, without the internet
+        redoc_url=None,
     )
     app.state.verism = state
 
@@ -241,17 +245,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         state.metrics.requests.labels(route, response.status_code).inc()
         state.metrics.request_seconds.labels(route).observe(seconds)
         response.headers["x-request-reference"] = reference
-        log.info(
-            json.dumps(
-                {
-                    "reference": reference,
-                    "method": request.method,
-                    "path": request.url.path[:200],
-                    "code": response.status_code,
-                    "ms": round(seconds * 1000, 2),
-                }
-            )
-        )
+        logs.request(log, request, reference=reference, route=route, code=response.status_code, seconds=seconds)
         return response
 
     def wanted(request: ScoreRequest) -> list[str]:
@@ -318,11 +312,13 @@ def create_app(config: ServiceConfig) -> FastAPI:
         parsed, kind = await parse(request.headers, body)
         asked = parsed.request
         names = wanted(asked)
+        logs.note(request, request_id=asked.request_id, items=len(asked.items), rewards=names)
         read = time.perf_counter()
         deadline = time.monotonic() + asked.deadline_ms / 1000 if asked.deadline_ms is not None else None
         with admission.hold(len(asked.items), len(body)):
             loop = asyncio.get_running_loop()
-            items = await loop.run_in_executor(pool, decode_items, asked.items, parsed.broken)
+            with telemetry.span("decode", items=len(asked.items)):
+                items = await loop.run_in_executor(pool, decode_items, asked.items, parsed.broken)
             decoded = time.perf_counter()
             plain = list(dict.fromkeys(p for n in names for p in (state.rewards[n].parts or (n,))))
             rows = await asyncio.gather(*(score_one(name, items, asked.priority, deadline) for name in plain))
@@ -400,16 +396,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", include_in_schema=False)
-    async def index(request: Request) -> dict[str, Any]:
-        base = str(request.base_url).rstrip("/")
-        return {
-            "service": "verism",
-            "rewards": list(state.rewards),
-            "try": f"curl -F image=@photo.jpg {base}/score",
-            "see": [f"{base}{path}" for path in ("/v1/rewards", "/docs", "/metrics", "/readyz")],
-        }
-
+    app.include_router(page.router(state))
     return app
 
 
