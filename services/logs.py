@@ -57,7 +57,7 @@ def request(log: logging.Logger, request: Any, *, reference: str, route: str, co
         "reference": reference,
         "method": request.method,
         "route": route,
-        "path": request.url.path[:LONGEST],
+        "path": request.scope["path"][:LONGEST],
         "code": code,
         "ms": round(seconds * 1000, 2),
         **request.scope.get("state", {}).get(_KEY, {}),

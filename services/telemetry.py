@@ -10,7 +10,7 @@ counts, never a picture or a prompt.
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +53,19 @@ def configure(exporter: "SpanExporter | None" = None) -> bool:
         def __init__(self, other: Sampler) -> None:
             self.other = other
 
-        def should_sample(self, parent_context: Any, trace_id: int, name: str, *args: Any, **kwargs: Any) -> SamplingResult:
-            attributes: Mapping[str, Any] = kwargs.get("attributes") or (args[1] if len(args) > 1 else None) or {}
-            if attributes.get("url.path") in QUIET:
+        def should_sample(
+            self,
+            parent_context: Any,
+            trace_id: int,
+            name: str,
+            kind: Any = None,
+            attributes: Any = None,
+            links: Any = None,
+            trace_state: Any = None,
+        ) -> SamplingResult:
+            if attributes and attributes.get("url.path") in QUIET:
                 return SamplingResult(Decision.DROP)
-            return self.other.should_sample(parent_context, trace_id, name, *args, **kwargs)
+            return self.other.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
 
         def get_description(self) -> str:
             return f"ButNotProbes({self.other.get_description()})"

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from services import logs, telemetry
 from shared import wire
 from shared.errors import BadImage, Busy, Invalid, NotReady, UnknownReward, VerismError
 from shared.image import decode
@@ -99,7 +100,9 @@ def router(state: "State") -> APIRouter:
         try:
             body = await read_body(request, state.config.max_body_bytes, state.config.body_timeout_s)
             parsed, _ = await parse(request.headers, body)
-            return await _map(state, name, parsed)
+            logs.note(request, request_id=parsed.request.request_id, items=len(parsed.request.items), rewards=[name])
+            with telemetry.span("map", reward=name):
+                return await _map(state, name, parsed)
         finally:
             drawing -= 1
 

@@ -94,7 +94,7 @@ function curl(pictures, prompt, rewards) {
   });
   if (prompt) parts.push(`--form-string ${quote(`prompt=${prompt}`)}`);
   parts.push(`-F ${/^[\w,.-]+$/.test(rewards.join(",")) ? `rewards=${rewards.join(",")}` : quote(`rewards=${rewards.join(",")}`)}`);
-  return `curl -sS ${parts.join(" ")} ${quote(address("score")).replace(/^'([\w:/.-]+)'$/, "$1")}`;
+  return `curl -sS ${parts.join(" \\\n  ")} \\\n  ${quote(address("score")).replace(/^'([\w:/.-]+)'$/, "$1")}`;
 }
 
 function told(body, status) {
@@ -157,6 +157,9 @@ const pair = (key, value) => el("div", {}, el("dt", {}, key), el("dd", {}, value
 function card(item, picture, used) {
   const frame = el("div", { class: "frame" }, preview(picture, "thumb"));
   const figure = el("figure", { class: "picture" }, frame);
+  const scores = Object.entries(item.scores);
+  const titles = new Set(scores.map(([, score]) => score.error?.title));
+  const same = scores.length > 1 && titles.size === 1 ? [...titles][0] : undefined;  // a broken picture fails for all alike
   return el(
     "article",
     { class: "card" },
@@ -166,7 +169,8 @@ function card(item, picture, used) {
       {},
       el("h3", {}, name(picture.file.name)),
       item.lossy ? el("p", { class: "warn" }, "lossy file: compression has changed what a detector sees") : null,
-      ...Object.entries(item.scores).map(([reward, score]) => scored(reward, score, used[reward], picture, figure)),
+      same ? el("p", { class: "failed" }, `${same} (${scores.map(([reward]) => reward).join(", ")})`) : null,
+      ...(same ? [] : scores.map(([reward, score]) => scored(reward, score, used[reward], picture, figure))),
     ),
   );
 }
@@ -179,7 +183,7 @@ function scored(reward, score, used, picture, figure) {
     block.append(el("p", { class: "failed" }, score.error?.title ?? score.status));
     return block;
   }
-  line.append(el("span", { class: "value" }, number(score.value)));
+  line.append(el("span", { class: "value" }, Math.abs(score.value) < 1e4 ? score.value.toFixed(4) : number(score.value)));
   if (score.sigma !== null) line.append(el("span", { class: "quiet" }, `± ${number(score.sigma)}`));
   if (info?.higher_is_better === false) line.append(el("span", { class: "quiet" }, "lower is better"));
   if (used) line.append(el("span", { class: "quiet" }, `version ${used.version}${score.cached ? ", cached" : ""}`));
