@@ -11,6 +11,8 @@ REWARDS: dict[str, str] = {
     "jpeg_size": "services.rewards.jpeg_size:JpegSize",
     "ocr": "services.rewards.ocr:Ocr",
     "safety": "services.rewards.safety:Safety",
+    "omniaid": "services.rewards.omniaid:OmniAID",
+    "dino_head": "services.rewards.dino_head:DinoHead",
 }
 
 

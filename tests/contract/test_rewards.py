@@ -10,11 +10,14 @@ from services.config import ROOT
 from services.registry import REWARDS, resolve
 from services.reward import Item, Reward
 from shared.schema import Score
+from tests.services.rewards_detectors import tiny as tiny_detectors
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "detector": {"folder": ROOT / "world" / "detector"},
     "alignment": {"folder": ROOT / "world" / "alignment"},
     "realism": {"parts": {"detector": {"weight": 1}}},
+    "omniaid": tiny_detectors.contract_options("omniaid"),
+    "dino_head": tiny_detectors.contract_options("dino_head"),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 

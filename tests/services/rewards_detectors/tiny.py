@@ -1,12 +1,25 @@
 """Tiny random checkpoints in the key layouts of the authors, and backbones saved as transformers saves them."""
 
 import argparse
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
 WIDTH, DEPTH, HIDDEN, EXPERTS, ROUTER = 32, 2, 48, 6, 16
 SIDES = {"clip": 42, "dinov3": 48}
@@ -98,3 +111,54 @@ def omniaid_file(folder: Path, suffix: str = ".safetensors", **options: Any) -> 
             {"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "epoch": 0, "args": arguments}, path
         )
     return path
+
+
+TIMM = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "img_size": 56}
+BACKBONES = ("timm", "timm_reg", "dinov2", "dinov2_reg", "dinov3")
+
+
+def backbone(folder: Path, kind: str = "timm") -> dict[str, Any]:
+    """Options of a tiny random DINO backbone that is written to `folder`; the timm ones as a file, the others as transformers saves."""
+    torch.manual_seed(5)
+    if kind.startswith("timm"):
+        name = "vit_small_patch14_reg4_dinov2" if kind == "timm_reg" else "vit_small_patch14_dinov2"
+        model = timm.create_model(name, pretrained=False, num_classes=0, **TIMM)
+        save_file({k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}, folder / f"{kind}.safetensors")
+        return {"timm": name, "weights": {"path": folder / f"{kind}.safetensors"}, "arguments": TIMM}
+    common = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "image_size": 56}
+    made = {
+        "dinov2": lambda: Dinov2Model(Dinov2Config(patch_size=14, mlp_ratio=2, **common)),
+        "dinov2_reg": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, mlp_ratio=2, **common)),
+        "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(patch_size=14, intermediate_size=HIDDEN, num_register_tokens=4, **common)),
+    }[kind]()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    made.save_pretrained(folder / kind)
+    return {"folder": folder / kind}
+
+
+def dino_head(folder: Path, kind: str = "timm", **more: Any) -> dict[str, Any]:
+    """Options of a whole tiny dino_head."""
+    options = backbone(folder, kind)
+    g = torch.Generator().manual_seed(2)
+    state: dict[str, Tensor] = {}
+    _linear(state, "0", 512, WIDTH, g)
+    _linear(state, "2", 1, 512, g)
+    save_file(state, folder / "head.safetensors")
+    return {"backbone": options, "head": {"path": folder / "head.safetensors"}, "size": 56, **more}
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="verism-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def contract_options(name: str) -> dict[str, Any]:
+    """What the contract tests load `name` with."""
+    if name == "omniaid":
+        return {"path": omniaid_file(_folder(), rank=8, twin=True), "heads": 4}
+    return dino_head(_folder(), patches=8)

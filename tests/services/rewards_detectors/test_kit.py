@@ -1,0 +1,127 @@
+"""Checkpoints from outside: what is read, what is refused, and that nothing is unpickled."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from services.rewards._detector_kit import WeightsOptions, batched, fill, read_state, sha256
+
+
+class Mischief:
+    """An object whose unpickling would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "alone"])
+def test_a_pickle_inside_is_refused_and_not_run(where: str, tmp_path: Path) -> None:
+    path, trace = tmp_path / "model.pth", Mischief(tmp_path / "ran")
+    weights = {"a": torch.zeros(2)}
+    torch.save({"beside": {"model": weights, "args": trace}, "inside": {**weights, "b": trace}, "alone": trace}[where], path)
+    with pytest.raises(ValueError, match="model.pth is not a file of tensors.*safetensors"):
+        read_state(path)
+    assert not trace.folder.exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 not a zip", b"\x80\x04K\x01.", bytes(4096)])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
+def test_broken_files_are_refused(data: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"model{suffix}"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"epoch": 3}, {"model": {}}])
+def test_a_file_without_named_tensors_is_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        read_state(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1}])
+def test_nests_and_prefixes_of_trainers_are_read(nest: Any, tmp_path: Path) -> None:
+    state = {"module.a.weight": torch.arange(3.0), "module.b": torch.ones(1)}
+    torch.save(nest(state), tmp_path / "m.pth")
+    found = read_state(tmp_path / "m.pth")
+    assert list(found) == ["a.weight", "b"] and torch.equal(found["a.weight"], torch.arange(3.0))
+
+
+def test_a_trainers_arguments_are_let_through(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1.0, data="x")}, tmp_path / "m.pth")
+    assert list(read_state(tmp_path / "m.pth")) == ["a"]
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_locating_a_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="name it with `file`"):
+        WeightsOptions(path=tmp_path).locate()
+    for name in ("a.safetensors", "b.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"found \['a.safetensors', 'b.pth'\]"):
+        WeightsOptions(path=tmp_path).locate()
+    assert WeightsOptions(path=tmp_path, file="b.pth").locate().name == "b.pth"
+    assert WeightsOptions(path=tmp_path / "a.safetensors").locate().name == "a.safetensors"
+    assert sha256(tmp_path / "b.pth") == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "either `path`"),
+        ({"path": "x", "hub": "a/b"}, "either `path`"),
+        ({"hub": "a/b"}, "`revision`"),
+        ({"hub": "a/b", "file": "c.pth"}, "`revision`"),
+        ({"path": "x", "pth": "y"}, "pth"),
+    ],
+)
+def test_sources_are_checked_first(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        WeightsOptions.model_validate(options)
+
+
+def test_a_hub_id_is_read_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache on disk, as it lies there after a download; another commit is not taken instead."""
+    commit, other = "a" * 40, "b" * 40
+    snapshot = tmp_path / "models--someone--OmniAID" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, snapshot / "checkpoint.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    options = {"hub": "someone/OmniAID", "file": "checkpoint.safetensors"}
+    assert list(read_state(WeightsOptions(revision=commit, **options).locate())) == ["a"]
+    with pytest.raises(OSError, match="."):
+        WeightsOptions(revision=other, **options).locate()
+
+
+def test_what_does_not_fit_is_counted() -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    with pytest.raises(ValueError, match=r"head.pth does not fit: missing: 0.weight, 0.bias, 1.weight and 5 more"):
+        fill(module, {}, "head.pth")
+    good = {k: torch.full_like(v, 3) for k, v in module.state_dict().items()}
+    fill(module, {**good, "0.extra": torch.ones(1)}, "head.pth", (".extra",))
+    assert (module[3].bias == 3).all()
+
+
+def test_batches_keep_the_order_of_mixed_sizes() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*side, 3), dtype=np.uint8) for side in ((20, 30), (16, 16), (20, 30), (40, 17))]
+    calls: list[int] = []
+
+    def resize(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 1).expand(-1, -1, 8, 8)
+
+    out = batched(images, torch.device("cpu"), 8, resize)
+    assert sorted(calls) == [1, 1, 2]
+    np.testing.assert_allclose(out[:, :, 0, 0], [i.reshape(-1, 3).mean(0) for i in images], rtol=1e-5)
