@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from services import config as configuration
+from services import logs
 from services.config import ROOT, ServiceConfig
 from shared import wire
 from shared.errors import BadImage, VerismError
@@ -59,9 +60,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="port (default: the file's, else 8000)")
     parser.add_argument("--check", action="store_true", help="load everything, say what would be served, and leave")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    for noisy in ("httpx", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure()
     console = Console(stderr=True)
     try:
         config = _config(arguments.config)
@@ -72,6 +71,10 @@ def serve(argv: Sequence[str] | None = None) -> int:
             _port_is_free(config.host, config.port)
         app_module = importlib.import_module("services.app")
         app = app_module.create_app(config)
+        admin = None
+        if config.admin is not None:
+            _port_is_free(config.admin.host, config.admin.port)
+            admin = importlib.import_module("services.admin").create_admin(app.state.verism, {"admin": config.admin.key()})
     except (ValueError, VerismError) as error:
         return _fail(str(error))
     table = Table("reward", "version", "range", "needs", "what it is")
@@ -84,21 +87,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
         return 0
     shown = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
     console.print(f"listening on http://{shown}:{config.port}   try: curl -F image=@photo.jpg http://{shown}:{config.port}/score")
-    import uvicorn
-
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=config.host,
-            port=config.port,
-            log_level="warning",
-            access_log=False,
-            limit_concurrency=512,
-            timeout_graceful_shutdown=int(config.drain_s) + 1,
-        )
-    )
-    server.run()
-    return 0
+    status: int = importlib.import_module("services.server").serve(app, config, admin)
+    return status
 
 
 def _port_is_free(host: str, port: int) -> None:

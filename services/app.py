@@ -1,87 +1,73 @@
 """The same app for every reward: bytes in, scores or clear errors out.
 
-A request goes down and back once: wire -> admission -> decode pool -> lanes -> answers in order -> wire. Rewards never see HTTP;
-this file never sees torch.
+A request goes down and back once: wire -> admission -> decode pool -> cache -> lanes -> answers in order -> wire. Rewards never see
+HTTP; this file never sees torch.
 """
 
 import asyncio
 import contextlib
+import functools
 import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import Headers, UploadFile
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from services import logs, page, telemetry
-from services.config import ServiceConfig
+from services.auth import Keys
+from services.cache import Cache, key_of, pixels_digest
+from services.config import RewardConfig, ServiceConfig
+from services.http import PROBLEM, Door, not_a_page, parse, read_body, while_asked
+from services.metrics import Metrics
 from services.registry import resolve
-from services.reward import Item, Reward
-from services.scheduler import Admission, Batch, Lane
-from services.worker import pick_device, score_batch
+from services.reward import Item
+from services.scheduler import Admission, Answered, Lane
+from services.worker import RewardWork, best_threads, pick_device, warm_up
 from shared import wire
-from shared.errors import (
-    BadImage,
-    BadRequest,
-    DeadlineExceeded,
-    NotReady,
-    TooLarge,
-    UnknownReward,
-    VerismError,
-    WrongVersion,
-)
+from shared.errors import BadImage, DeadlineExceeded, NotReady, UnknownReward, VerismError, WrongVersion
 from shared.image import decode
 from shared.schema import MAX_ITEMS, ItemAnswer, Problem, RewardInfo, RewardUsed, Score, ScoreAnswer, ScoreItem, ScoreRequest
 
 log = logging.getLogger("verism.service")
-PROBLEM = "application/problem+json"
 READY_SECONDS = 5.0
-
-
-class Metrics:
-    """What /metrics shows, in a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        p, r = "verism_", self.registry
-        buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-        self.requests = Counter(p + "requests", "requests by route and status", ["route", "code"], registry=r)
-        self.request_seconds = Histogram(p + "request_seconds", "whole requests", ["route"], buckets=buckets, registry=r)
-        self.stage_seconds = Histogram(p + "stage_seconds", "stages of a request", ["stage"], buckets=buckets, registry=r)
-        self.items = Counter(p + "items", "items by reward and outcome", ["reward", "outcome"], registry=r)
-        self.rejected = Counter(p + "rejected", "requests refused, by reason", ["reason"], registry=r)
-        self.queue = Gauge(p + "queue_images", "pictures waiting", ["reward"], registry=r)
-        self.inflight = Gauge(p + "inflight_images", "pictures admitted and not answered", registry=r)
-        self.batch_images = Histogram(p + "batch_images", "pictures per forward pass", ["reward"], buckets=sizes, registry=r)
-        self.batch_seconds = Histogram(p + "batch_seconds", "forward passes", ["reward"], buckets=buckets, registry=r)
-        self.bytes_in = Counter(p + "bytes_in", "bytes of request bodies", registry=r)
-        self.bisected = Counter(p + "bisect", "batches split to find a failing item", ["reward"], registry=r)
-        self.version = Gauge(p + "weights_version", "version of the weights", ["reward"], registry=r)
-        self.score = Histogram(p + "score", "scores, for drift", ["reward"], buckets=[i / 20 for i in range(-20, 21)], registry=r)
 
 
 @dataclass
 class Served:
-    """One reward: its object, and its lane (a composition has none)."""
+    """One reward: what it was configured as, and its lane (a composition has none)."""
 
-    reward: Any
-    lane: Lane[Item, Score] | None
-    parts: tuple[str, ...] = ()
+    options: RewardConfig
+    composition: Any = None
+    lane: Lane[Item, Score] | None = None
+    cache: Cache | None = None
+
+    @property
+    def reward(self) -> Any:
+        return self.composition if self.lane is None else self.lane.work.reward  # type: ignore[attr-defined]
 
     @property
     def info(self) -> RewardInfo:
-        info: RewardInfo = self.reward.info
+        info: RewardInfo = self.composition.info if self.lane is None else self.lane.work.info  # type: ignore[attr-defined]
         return info
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return () if self.composition is None else tuple(self.composition.parts)
+
+
+@dataclass
+class _Flight:
+    """A request that is being answered, and how many wait for it."""
+
+    body: bytes | bytearray
+    task: "asyncio.Task[bytes]"
+    waiters: int = 0
 
 
 @dataclass
@@ -90,25 +76,46 @@ class State:
 
     config: ServiceConfig
     metrics: Metrics
+    device: str
     rewards: dict[str, Served] = field(default_factory=dict)
     draining: bool = False
     ready_at: float = float("-inf")
     ready_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    flights: dict[tuple[str, str], _Flight] = field(default_factory=dict)
+
+    @property
+    def lanes(self) -> list[Lane[Item, Score]]:
+        return [one.lane for one in self.rewards.values() if one.lane is not None]
+
+    async def drain(self) -> None:
+        """Readiness off, accepted work finishes."""
+        self.draining = True
+        await asyncio.gather(*(lane.drain(self.config.drain_s) for lane in self.lanes))
+
+
+def load_reward(name: str, options: Mapping[str, Any], use: str, device: str) -> Any:
+    """ValueError says which reward cannot be loaded, and why."""
+    try:
+        return resolve(use).load(name, options, device)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def load_rewards(config: ServiceConfig, metrics: Metrics, device: str) -> dict[str, Served]:
-    """Build every reward; ValueError or FileNotFoundError says which one failed and why."""
+    """Build every reward and warm it up."""
     served: dict[str, Served] = {}
     for name, options in config.rewards.items():
-        try:
-            reward = resolve(options.use).load(name, options.options(), device)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
+        reward = load_reward(name, options.options(), options.use, device)
         if hasattr(reward, "compose"):
-            served[name] = Served(reward, None, tuple(reward.parts))
+            served[name] = Served(options, composition=reward)
         else:
-            served[name] = Served(reward, _lane(name, reward, options.batch_cap, metrics))
+            served[name] = Served(options, lane=_lane(name, reward, options, metrics, device), cache=Cache(options.cache_items))
         metrics.version.labels(name).set(reward.info.version)
+    if device == "cpu" and config.threads is None:
+        lanes = [one.lane for one in served.values() if one.lane is not None]
+        slowest = max(lanes, key=lambda lane: lane.time.seconds(8), default=None)
+        if slowest is not None:
+            log.info("%d threads for a forward pass", best_threads(slowest.work))  # type: ignore[arg-type]
     for name, one in served.items():
         missing = [p for p in one.parts if p not in served or served[p].lane is None]
         if missing:
@@ -116,88 +123,42 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str) -> dict[s
     return served
 
 
-def _lane(name: str, reward: Reward, cap: int, metrics: Metrics) -> Lane[Item, Score]:
-    def work(items: list[Item]) -> list[Score]:
-        splits: list[int] = []
-        scores = score_batch(reward, items, splits)
-        metrics.bisected.labels(name).inc(len(splits))
-        return scores
-
-    def observe(batch: Batch) -> None:
-        metrics.batch_images.labels(name).observe(batch.size)
-        metrics.batch_seconds.labels(name).observe(batch.seconds)
-
-    lane = Lane(name, work, cap=cap, observe=observe)
-    metrics.queue.labels(name).set_function(lambda: lane.waiting)
+def _lane(name: str, reward: Any, options: RewardConfig, metrics: Metrics, device: str) -> Lane[Item, Score]:
+    work = RewardWork(reward)
+    cap, seen = options.batch_cap or 1, list[tuple[int, float]]()
+    if options.batch_cap is None:
+        cap, seen = warm_up(work, options.batch_most, device)
+        log.info("%s: batches of up to %d (%s)", name, cap, ", ".join(f"{n}: {1000 * s:.0f} ms" for n, s in seen))
+    lane: Lane[Item, Score] = Lane(
+        name, work, cap=cap, bucket=lambda item: item.image.shape, observe=functools.partial(metrics.ran, name)
+    )
+    for n, seconds in seen:
+        lane.time.observe(n, seconds)
+    metrics.watch(lane)
     return lane
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The body, never more than `limit` bytes in memory, never later than `timeout_s`."""
-    too_large = f"the body is larger than {limit / 2**20:.0f} MiB: send fewer or smaller pictures"
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(too_large, limit=limit, observed=int(declared))
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise BadRequest("compressed bodies are not read: pictures are compressed already")
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise TooLarge(too_large, limit=limit, observed=size)
-                chunks.append(chunk)
-    except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {timeout_s:g} s") from None
-    return b"".join(chunks)
-
-
-async def parse(headers: Headers, body: bytes) -> tuple[wire.Parsed, str]:
-    """The request and the media type that it came in."""
-    kind = wire.media_type(headers.get("content-type"))
-    if kind == wire.JSON:
-        return wire.parse_json(body), kind
-    if kind == wire.MSGPACK:
-        return wire.parse_msgpack(body), kind
-
-    async def once() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    try:
-        parser = MultiPartParser(headers, once(), max_files=MAX_ITEMS, max_fields=MAX_ITEMS + 16, max_part_size=64 * 1024)
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise BadRequest("the form cannot be read; send it as `curl -F image=@picture.png URL/score` does") from error
-    parts = []
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(form.close)
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                parts.append(wire.Part(name, value.filename, await value.read()))
-            else:
-                parts.append(wire.Part(name, None, value.encode()))
-    return wire.parse_form(parts), kind
+class _Swapped(Exception):
+    """The weights changed while a request was on its way: ask once more, with one version."""
 
 
 def create_app(config: ServiceConfig) -> FastAPI:
     """Load the rewards and build the app; raises ValueError when a reward cannot be loaded."""
     telemetry.configure()
-    state = State(config, Metrics())
-    state.rewards = load_rewards(config, state.metrics, pick_device(config.device))
+    keys, metrics, device = Keys(config.keys), Metrics(), pick_device(config.device)
+    state = State(config, metrics, device, load_rewards(config, metrics, device))
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
-    lanes = [served.lane for served in state.rewards.values() if served.lane is not None]
     admission = Admission(
-        config.max_waiting_items, config.max_waiting_bytes, lambda n: max((lane.time.seconds(n) for lane in lanes), default=0.1)
+        config.max_waiting_items,
+        config.max_waiting_bytes,
+        lambda n: max((lane.time.seconds(n, lane.cap) for lane in state.lanes), default=0.1),
     )
-    state.metrics.inflight.set_function(lambda: admission.items)
+    metrics.inflight.set_function(lambda: admission.items)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        state.draining = True
-        await asyncio.gather(*(lane.drain(config.drain_s) for lane in lanes))
+        await state.drain()
         await asyncio.to_thread(telemetry.flush)
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -208,68 +169,33 @@ def create_app(config: ServiceConfig) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # services.page serves /docs, without the internet
         redoc_url=None,
+        exception_handlers={HTTPException: not_a_page},
     )
+    app.add_middleware(Door, metrics=metrics, keys=keys)
     app.state.verism = state
-
-    def problem_response(error: VerismError, reference: str | None = None) -> Response:
-        problem = error.problem()
-        if reference:
-            problem = problem.model_copy(update={"detail": f"reference {reference} in the service's log"})
-        headers = {}
-        if problem.retry_after_ms is not None:
-            headers["retry-after"] = str(max(1, round(problem.retry_after_ms / 1000)))
-        return JSONResponse(problem.model_dump(exclude_none=True), error.status, headers, media_type=PROBLEM)
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
-        title = {404: "no such page; POST /score, GET /v1/rewards, /livez, /readyz, /metrics, /docs"}.get(
-            error.status_code, str(error.detail)
-        )
-        problem = Problem(type=f"urn:verism:http-{error.status_code}", title=title, status=error.status_code)
-        return JSONResponse(problem.model_dump(exclude_none=True), error.status_code, error.headers, media_type=PROBLEM)
-
-    @app.middleware("http")
-    async def watch(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        started, reference = time.perf_counter(), secrets.token_hex(6)
-        request.state.reference = reference
-        try:
-            response = await call(request)
-        except VerismError as error:
-            state.metrics.rejected.labels(error.kind).inc()
-            response = problem_response(error)
-        except Exception:
-            log.exception("request %s failed", reference)
-            response = problem_response(VerismError("something went wrong inside the service"), reference)
-        route = getattr(request.scope.get("route"), "path", "other")
-        seconds = time.perf_counter() - started
-        state.metrics.requests.labels(route, response.status_code).inc()
-        state.metrics.request_seconds.labels(route).observe(seconds)
-        response.headers["x-request-reference"] = reference
-        logs.request(log, request, reference=reference, route=route, code=response.status_code, seconds=seconds)
-        return response
 
     def wanted(request: ScoreRequest) -> list[str]:
         names = request.rewards or config.default or _first_composition(state.rewards)
         for name in names:
             if name not in state.rewards:
                 raise UnknownReward(f"unknown reward {name!r}; this service has: {', '.join(state.rewards)}")
-        for name, version in (request.require_version or {}).items():
+        for name in request.require_version or {}:
             if name not in state.rewards:
                 raise UnknownReward(f"unknown reward {name!r} in require_version; this service has: {', '.join(state.rewards)}")
-            has = state.rewards[name].info.version
-            if has != version:
-                raise WrongVersion(f"{name} is at version {has}, not {version}", observed=has, limit=version)
+            _require(request, state.rewards[name].info)
         return list(dict.fromkeys(names))
 
-    def decode_items(items: Sequence[ScoreItem], broken: Mapping[int, Problem]) -> list[Item | Score]:
-        """Every item decoded, or its error; the request's pixel budget is checked before anything is decoded."""
-        out: list[Item | Score] = []
+    def decode_items(items: Sequence[ScoreItem], broken: Mapping[int, Problem]) -> list[tuple[Item, bytes, bool] | Score]:
+        """Every item decoded, with the hash of its pixels and whether it was lossy, or its error. The request's pixel budget is
+        checked before anything is decoded."""
+        out: list[tuple[Item, bytes, bool] | Score] = []
         budget = config.max_request_pixels
         for index, item in enumerate(items):
             if index in broken:
                 out.append(Score(status="error", error=broken[index]))
                 continue
             budget -= sum(i.height * i.width for i in (item.image, *item.references))
+            began = time.perf_counter()
             try:
                 if budget < 0:
                     raise BadImage(
@@ -281,17 +207,110 @@ def create_app(config: ServiceConfig) -> FastAPI:
                     raise BadImage("the picture is larger than this service allows", "image-too-large", limit=config.max_pixels)
                 image = decode(item.image)
                 references = tuple(decode(reference).pixels for reference in item.references)
-                out.append(Item(image.pixels, item.prompt, references, {**item.meta, "_lossy": image.lossy}))
+                ready = Item(np.ascontiguousarray(image.pixels), item.prompt, references, item.meta)
+                out.append((ready, pixels_digest(ready) if config.caches else b"", image.lossy))
             except VerismError as error:
                 out.append(Score(status="error", error=error.problem()))
+            metrics.decode_seconds.labels(item.image.encoding).observe(time.perf_counter() - began)
         return out
 
-    async def score_one(name: str, items: Sequence[Item | Score], priority: str, deadline: float | None) -> list[Score]:
-        lane = state.rewards[name].lane
-        assert lane is not None
-        good = [item for item in items if isinstance(item, Item)]
-        scores = iter(await lane.ask(good, priority, deadline))
-        return [next(scores) if isinstance(item, Item) else item for item in items]
+    async def score_one(
+        name: str, asked: ScoreRequest, items: Sequence[tuple[Item, bytes, bool] | Score], deadline: float | None
+    ) -> tuple[list[Score], RewardInfo, Answered[Score] | None]:
+        """One reward's scores in order, the version that made all of them, and the lane's answer where it was asked."""
+        served = state.rewards[name]
+        lane, cache = served.lane, served.cache
+        assert lane is not None and cache is not None
+        good = [one for one in items if not isinstance(one, Score)]
+        told: Answered[Score] | None = None
+
+        async def ask(indices: Sequence[int]) -> Sequence[Score]:
+            nonlocal told
+            told = await lane.ask([good[i][0] for i in indices], asked.priority, deadline)
+            telemetry.record("queue", told.asked, told.begun, reward=name)
+            telemetry.record("forward", told.begun, told.done, reward=name, items=len(indices))
+            if told.work.info.version != info.version:
+                raise _Swapped
+            return told.answers
+
+        while True:
+            info = served.info
+            _require(asked, info)
+            cached = cache.size and all(not item.meta for item, _, _ in good)
+            try:
+                if cached:
+                    scores = iter(await cache.through([key_of(info, item, pixels) for item, pixels, _ in good], ask))
+                else:
+                    scores = iter(await ask(range(len(good))))
+                break
+            except _Swapped:
+                continue
+        return [one if isinstance(one, Score) else next(scores) for one in items], info, told
+
+    async def answer(parsed: wire.Parsed, names: list[str], kind: str, size: int, started: float) -> bytes:
+        asked, read = parsed.request, time.perf_counter()
+        deadline = time.monotonic() + asked.deadline_ms / 1000 if asked.deadline_ms is not None else None
+        with admission.hold(len(asked.items), size):
+            with telemetry.span("decode", items=len(asked.items)):
+                items = await asyncio.get_running_loop().run_in_executor(pool, decode_items, asked.items, parsed.broken)
+            decoded = time.perf_counter()
+            plain = list(dict.fromkeys(p for n in names for p in (state.rewards[n].parts or (n,))))
+            rows = await _all([score_one(name, asked, items, deadline) for name in plain])
+        by_name = {name: scores for name, (scores, _, _) in zip(plain, rows, strict=True)}
+        used = {name: _used(info) for name, (_, info, _) in zip(plain, rows, strict=True)}
+        for name in names:
+            composition = state.rewards[name].composition
+            if composition is not None:
+                used[name] = _used(composition.info)
+                by_name[name] = [composition.compose({p: by_name[p][i] for p in composition.parts}) for i in range(len(items))]
+            metrics.scored(name, by_name[name])
+        done = time.perf_counter()
+        told = [told for _, _, told in rows if told is not None]
+        stages = {
+            "read": read - started,
+            "decode": decoded - read,
+            "queue": max((one.begun - one.asked for one in told), default=0.0),
+            "forward": max((one.done - one.begun for one in told), default=0.0),
+            "total": done - started,
+        }
+        for stage, seconds in stages.items():
+            metrics.stage_seconds.labels(stage).observe(seconds)
+        return wire.render_answer(
+            ScoreAnswer.model_construct(
+                request_id=asked.request_id,
+                rewards={n: used[n] for n in dict.fromkeys([*names, *plain])},
+                items=[
+                    ItemAnswer.model_construct(
+                        id=item.id,
+                        scores={n: by_name[n][i] for n in names},
+                        lossy=False if isinstance(one := items[i], Score) else one[2],
+                    )
+                    for i, item in enumerate(asked.items)
+                ],
+                timing_ms={stage: round(seconds * 1000, 3) for stage, seconds in stages.items()},
+            ),
+            kind,
+        )
+
+    async def join(parsed: wire.Parsed, names: list[str], kind: str, body: bytes | bytearray, started: float) -> bytes:
+        """The answer; who repeats a request that is being answered (same id, same body) waits for that one."""
+        key = (kind, parsed.request.request_id)
+        flight = state.flights.get(key)
+        if flight is not None and flight.body != body:
+            return await answer(parsed, names, kind, len(body), started)
+        if flight is None:
+            task = asyncio.ensure_future(answer(parsed, names, kind, len(body), started))
+            flight = state.flights[key] = _Flight(body, task)
+            task.add_done_callback(lambda _: state.flights.pop(key, None))
+        else:
+            metrics.joined.inc()
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done():
+                flight.task.cancel()
 
     @app.post(
         "/score",
@@ -307,54 +326,14 @@ def create_app(config: ServiceConfig) -> FastAPI:
         started = time.perf_counter()
         if state.draining:
             raise NotReady("this service is shutting down; ask another replica")
+        admission.check(1, int(size) if (size := request.headers.get("content-length", "")).isdigit() else 0)
         body = await read_body(request, config.max_body_bytes, config.body_timeout_s)
-        state.metrics.bytes_in.inc(len(body))
+        metrics.bytes_in.inc(len(body))
         parsed, kind = await parse(request.headers, body)
-        asked = parsed.request
-        names = wanted(asked)
-        logs.note(request, request_id=asked.request_id, items=len(asked.items), rewards=names)
-        read = time.perf_counter()
-        deadline = time.monotonic() + asked.deadline_ms / 1000 if asked.deadline_ms is not None else None
-        with admission.hold(len(asked.items), len(body)):
-            loop = asyncio.get_running_loop()
-            with telemetry.span("decode", items=len(asked.items)):
-                items = await loop.run_in_executor(pool, decode_items, asked.items, parsed.broken)
-            decoded = time.perf_counter()
-            plain = list(dict.fromkeys(p for n in names for p in (state.rewards[n].parts or (n,))))
-            rows = await asyncio.gather(*(score_one(name, items, asked.priority, deadline) for name in plain))
-        by_name = dict(zip(plain, rows, strict=True))
-        for name in names:
-            if state.rewards[name].parts:
-                by_name[name] = [
-                    item
-                    if isinstance(item, Score)
-                    else state.rewards[name].reward.compose({p: by_name[p][i] for p in plain if p in by_name})
-                    for i, item in enumerate(items)
-                ]
-        done = time.perf_counter()
-        for name in names:
-            _count(state.metrics, name, by_name[name])
-        answer = ScoreAnswer.model_construct(
-            request_id=asked.request_id,
-            rewards={n: _used(state.rewards[n].info) for n in names},
-            items=[
-                ItemAnswer.model_construct(
-                    id=item.id,
-                    scores={n: by_name[n][i] for n in names},
-                    lossy=bool(got.meta["_lossy"]) if isinstance(got := items[i], Item) else False,
-                )
-                for i, item in enumerate(asked.items)
-            ],
-            timing_ms={
-                "read": round((read - started) * 1000, 3),
-                "decode": round((decoded - read) * 1000, 3),
-                "score": round((done - decoded) * 1000, 3),
-                "total": round((done - started) * 1000, 3),
-            },
-        )
-        for stage, seconds in (("read", read - started), ("decode", decoded - read), ("score", done - decoded)):
-            state.metrics.stage_seconds.labels(stage).observe(seconds)
-        return Response(wire.render_answer(answer, kind), media_type=wire.MSGPACK if kind == wire.MSGPACK else wire.JSON)
+        names = wanted(parsed.request)
+        logs.note(request, request_id=parsed.request.request_id, items=len(parsed.request.items), rewards=names)
+        content = await while_asked(request, join(parsed, names, kind, body, started))
+        return Response(content, media_type=wire.MSGPACK if kind == wire.MSGPACK else wire.JSON)
 
     @app.get("/v1/rewards", summary="What is served")
     async def rewards() -> dict[str, Any]:
@@ -378,26 +357,46 @@ def create_app(config: ServiceConfig) -> FastAPI:
         if state.draining:
             raise NotReady("this service is shutting down")
         async with state.ready_lock:
-            if time.monotonic() - state.ready_at > READY_SECONDS:
+            if time.monotonic() - state.ready_at > READY_SECONDS or any(lane.lost for lane in state.lanes):
                 probe = Item(np.full((64, 64, 3), 127, np.uint8), 'a photo of a sign that says "a"')
-                for name, served in state.rewards.items():
-                    if served.lane is None:
-                        continue
+                for lane in state.lanes:
                     try:
-                        result = (await served.lane.ask([probe], "interactive", time.monotonic() + 60))[0]
+                        result = (await lane.ask([probe], "interactive", time.monotonic() + 60)).answers[0]
                     except DeadlineExceeded:
-                        raise NotReady(f"{name} did not score a picture within 60 s") from None
-                    if result.error is not None and result.error.type.endswith("scoring-failed"):
-                        raise NotReady(f"{name} cannot score: {result.error.title}")
+                        raise NotReady(f"{lane.name} did not score a picture within 60 s") from None
+                    if result.error is not None and result.error.type.endswith(("scoring-failed", "out-of-memory")):
+                        raise NotReady(f"{lane.name} cannot score: {result.error.title}")
                 state.ready_at = time.monotonic()
         return {"status": "ready"}
 
     @app.get("/metrics", summary="Prometheus", response_class=Response)
-    async def metrics() -> Response:
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def show_metrics() -> Response:
+        for lane in state.lanes:
+            for why in ("cancelled", "expired"):
+                counter = metrics.dropped.labels(lane.name, why)
+                counter.inc(lane.counts[why] - counter._value.get())
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(page.router(state))
     return app
+
+
+async def _all(coroutines: Sequence[Any]) -> list[Any]:
+    """gather, but nothing goes on behind the back of a request that failed."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(one) for one in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _require(asked: ScoreRequest, info: RewardInfo) -> None:
+    version = (asked.require_version or {}).get(info.name)
+    if version is not None and version != info.version:
+        raise WrongVersion(f"{info.name} is at version {info.version}, not {version}", observed=info.version, limit=version)
 
 
 def _first_composition(rewards: Mapping[str, Served]) -> list[str]:
@@ -407,17 +406,6 @@ def _first_composition(rewards: Mapping[str, Served]) -> list[str]:
 
 def _used(info: RewardInfo) -> RewardUsed:
     return RewardUsed(version=info.version, weights_sha256=info.weights_sha256, preprocessing=info.preprocessing)
-
-
-def _count(metrics: Metrics, name: str, scores: Sequence[Score]) -> None:
-    outcomes: dict[str, int] = {}
-    histogram = metrics.score.labels(name)
-    for score in scores:
-        outcomes[score.status] = outcomes.get(score.status, 0) + 1
-        if score.value is not None:
-            histogram.observe(score.value)
-    for outcome, count in outcomes.items():
-        metrics.items.labels(name, outcome).inc(count)
 
 
 _PROBLEMS: dict[int | str, str] = {

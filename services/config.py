@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from services.auth import KeyOptions, Scope
 from shared.image import MAX_PIXELS, MAX_REQUEST_PIXELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,10 +26,27 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     use: str
-    batch_cap: int = Field(default=64, ge=1, le=4096, description="most pictures in one forward pass")
+    batch_cap: int | None = Field(
+        default=None, ge=1, le=4096, description="most pictures in one forward pass; default: found at warm-up"
+    )
+    batch_most: int = Field(default=64, ge=1, le=4096, description="the largest batch that the warm-up tries")
+    cache_items: int = Field(
+        default=4096, ge=0, description="scores kept, so that the same picture is not scored twice; 0 for none"
+    )
 
     def options(self) -> dict[str, Any]:
         return {k: _resolved(v) if k in ("folder", "path") else v for k, v in (self.model_extra or {}).items()}
+
+
+class AdminConfig(KeyOptions):
+    """The admin listener, with a key of its own."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8900, ge=1, le=65535)
+    scopes: tuple[Scope, ...] = ("admin",)
+
+    def key(self) -> KeyOptions:
+        return KeyOptions(env=self.env, sha256=self.sha256, scopes=self.scopes)
 
 
 class ServiceConfig(BaseModel):
@@ -38,7 +56,7 @@ class ServiceConfig(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     device: str = "auto"
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of one forward pass; default: all cores")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of one forward pass; default: found at warm-up")
     decode_threads: int = Field(default=2, ge=1)
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     default: list[str] | None = Field(default=None, description="rewards asked for when a request names none; default: all")
@@ -48,7 +66,16 @@ class ServiceConfig(BaseModel):
     max_waiting_items: int = Field(default=2048, ge=1)
     max_waiting_bytes: int = Field(default=512 * 1024 * 1024, ge=1024)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    max_connections: int = Field(default=512, ge=1)
     drain_s: float = Field(default=30.0, gt=0)
+    keys: dict[str, KeyOptions] = Field(default={}, description="API keys; none leaves the service open")
+    admin: AdminConfig | None = None
+
+    @property
+    def caches(self) -> bool:
+        """Whether any reward keeps scores."""
+        return any(reward.cache_items for reward in self.rewards.values())
 
 
 def _resolved(value: Any) -> Any:

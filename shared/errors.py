@@ -2,6 +2,8 @@
 
 VerismError
 |- BadRequest 400             the body cannot be read at all
+|- Unauthorized 401           no key, or an unknown one
+|- Forbidden 403              the key's scopes do not cover this
 |- UnknownReward 404          a reward that this service does not serve
 |- WrongVersion 409           the caller pinned another version
 |- TooLarge 413               body, picture or prompt above its limit
@@ -49,6 +51,14 @@ class VerismError(Exception):
 
 class BadRequest(VerismError):
     kind, status = "malformed", 400
+
+
+class Unauthorized(VerismError):
+    kind, status = "unauthorized", 401
+
+
+class Forbidden(VerismError):
+    kind, status = "forbidden", 403
 
 
 class UnknownReward(VerismError):

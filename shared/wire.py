@@ -73,7 +73,7 @@ def _decode_base64(image: Any, path: str) -> None:
             raise Invalid(f"{path}.data: not base64") from error
 
 
-def _refuse_pickle(body: bytes) -> None:
+def _refuse_pickle(body: bytes | bytearray) -> None:
     if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
 
@@ -95,7 +95,7 @@ def parse_json(body: bytes) -> Parsed:
     return Parsed(_checked(raw), {})
 
 
-def parse_msgpack(body: bytes) -> Parsed:
+def parse_msgpack(body: bytes | bytearray) -> Parsed:
     """BadRequest when it is no msgpack (a pickle is told so), Invalid when it is not a request."""
     _refuse_pickle(body)
     try:

@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from services import logs, telemetry
+from services.http import parse, read_body
 from shared import wire
 from shared.errors import BadImage, Busy, Invalid, NotReady, UnknownReward, VerismError
 from shared.image import decode
@@ -48,8 +49,6 @@ class NoMap(VerismError):
 
 def router(state: "State") -> APIRouter:
     """`/`, `/docs`, `/page/...` and `/v1/map` of one service."""
-    from services.app import parse, read_body  # the app imports this module
-
     routes = APIRouter()
     drawing = 0
 
@@ -122,8 +121,7 @@ async def _map(state: "State", name: str, parsed: wire.Parsed) -> dict[str, Any]
     served = state.rewards[name]
     assert served.lane is not None
     decoded = await asyncio.to_thread(decode, image)
-    loop = asyncio.get_running_loop()
-    map_hw = np.asarray(await loop.run_in_executor(served.lane._thread, served.reward.patch_map, decoded.pixels), np.float64)
+    map_hw = np.asarray(await served.lane.borrow(served.reward.patch_map, decoded.pixels), np.float64)
     if map_hw.ndim != 2 or not map_hw.size or not np.isfinite(map_hw).all():
         raise VerismError(f"{name} gave no finite map of this picture")
     height, width = map_hw.shape
