@@ -6,12 +6,13 @@
 
 Pictures go as raw pixels in msgpack. A failed item is NaN in `values_RB` and False in `mask_RB`; no number is ever invented.
 Only answers that say `retryable` are tried again, with full jitter and Retry-After honoured, under one deadline over all tries.
-Several URLs for a reward are replicas: the one with the fewest pictures in flight is asked, and one that fails is left alone for
-some seconds.
+Several URLs for a reward are replicas: the one with the fewest seconds of work outstanding is asked, and one that fails is left alone
+for some seconds. Rewards that live at the same URLs share a request.
 """
 
 import asyncio
 import itertools
+import os
 import random
 import threading
 import time
@@ -61,7 +62,18 @@ class ScoreTable:
 class _Replica:
     url: str
     in_flight: int = 0
+    seconds: float | None = None  # of one picture, exponentially forgetting
     rest_until: float = 0.0
+    bursts: int = 0  # failures since the last answer
+
+    def served(self, count: int, seconds: float) -> None:
+        self.seconds = seconds / count if self.seconds is None else 0.8 * self.seconds + 0.2 * seconds / count
+        self.bursts = 0
+
+    def failed(self, rest_s: float = 0.0) -> None:
+        """Left alone for as long as it asked, or for EJECT_SECONDS, doubled with each further failure."""
+        self.rest_until = time.monotonic() + (rest_s or EJECT_SECONDS * 2 ** min(self.bursts, 4))
+        self.bursts += 1
 
 
 class RequestFailed(VerismError):
@@ -85,12 +97,17 @@ class RewardClient:
         timeout_s: float = 60.0,
         encoding: Encoding = "rgb8",
         priority: str = "train",
+        api_key: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """`api_key` (default: the variable VERISM_API_KEY) goes to every URL."""
         if not services:
             raise ValueError("name at least one reward and its URL, e.g. {'detector': 'http://localhost:8001'}")
+        pool: dict[str, _Replica] = {}
         self._replicas = {
-            name: [_Replica(url.rstrip("/")) for url in ([urls] if isinstance(urls, str) else urls)]
+            name: [
+                pool.setdefault(u, _Replica(u)) for u in (url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
+            ]
             for name, urls in services.items()
         }
         for name, replicas in self._replicas.items():
@@ -98,7 +115,9 @@ class RewardClient:
                 raise ValueError(f"reward {name!r} has no URL, e.g. 'http://localhost:8001'")
         self.timeout_s, self.encoding, self.priority = timeout_s, encoding, priority
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=32)
-        self._http = httpx.AsyncClient(transport=transport, limits=limits, trust_env=False)
+        key = api_key or os.environ.get("VERISM_API_KEY")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(transport=transport, limits=limits, headers=headers, trust_env=False)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -150,7 +169,12 @@ class RewardClient:
             for i, (image, prompt, group) in enumerate(zip(images, prompts, groups, strict=True))
         ]
         chunks = _chunks(items)
-        rows = await asyncio.gather(*(self._row(name, items, chunks) for name in names))
+        together: dict[tuple[str, ...], list[str]] = {}  # rewards of one service share a request, and its decoding
+        for name in names:
+            together.setdefault(tuple(replica.url for replica in self._replicas[name]), []).append(name)
+        answers = await asyncio.gather(*(self._rows(group, items, chunks) for group in together.values()))
+        by_name = {name: row for rows in answers for name, row in rows.items()}
+        rows = [by_name[name] for name in names]
         scores = tuple(tuple(row) for row, _ in rows)
         values = np.array([[np.nan if s.value is None else s.value for s in row] for row in scores], dtype=np.float64)
         failures: dict[str, int] = {}
@@ -162,23 +186,32 @@ class RewardClient:
         values = values.reshape(len(names), len(images))
         return ScoreTable(names, values, np.isfinite(values), scores, versions, failures)
 
-    async def _row(self, name: str, items: list[ScoreItem], chunks: list[list[int]]) -> tuple[list[Score], int | None]:
-        """All items by one reward; every chunk by one version of its weights."""
+    async def _rows(
+        self, names: list[str], items: list[ScoreItem], chunks: list[list[int]]
+    ) -> dict[str, tuple[list[Score], int | None]]:
+        """All items by some rewards of one service; all chunks of a reward by one version of its weights."""
         deadline = time.monotonic() + self.timeout_s
-        answers = await asyncio.gather(*(self._chunk(name, [items[i] for i in chunk], deadline) for chunk in chunks))
-        by_position = {i: s for chunk, (row, _) in zip(chunks, answers, strict=True) for i, s in zip(chunk, row, strict=True)}
-        scores = [by_position[i] for i in range(len(items))]
-        versions = {version for _, version in answers if version is not None}
-        if len(versions) > 1:
-            mixed = Score.failed("version-changed", f"{name} changed its weights while scoring; score again", retryable=True)
-            return [mixed] * len(scores), None
-        return scores, versions.pop() if versions else None
+        answers = await asyncio.gather(*(self._chunk(names, [items[i] for i in chunk], deadline) for chunk in chunks))
+        out: dict[str, tuple[list[Score], int | None]] = {}
+        for name in names:
+            by_position = {
+                i: s for chunk, got in zip(chunks, answers, strict=True) for i, s in zip(chunk, got[name][0], strict=True)
+            }
+            scores = [by_position[i] for i in range(len(items))]
+            versions = {got[name][1] for got in answers} - {None}
+            if len(versions) > 1:
+                mixed = Score.failed("version-changed", f"{name} changed its weights while scoring; score again", retryable=True)
+                out[name] = [mixed] * len(scores), None
+            else:
+                out[name] = scores, versions.pop() if versions else None
+        return out
 
-    async def _chunk(self, name: str, items: list[ScoreItem], deadline: float) -> tuple[list[Score], int | None]:
-        where = " or ".join(replica.url for replica in self._replicas[name])
+    async def _chunk(self, names: list[str], items: list[ScoreItem], deadline: float) -> dict[str, tuple[list[Score], int | None]]:
+        replicas = self._replicas[names[0]]
+        what, where = ", ".join(names), " or ".join(replica.url for replica in replicas)
         late = Problem(
             type="urn:verism:deadline-exceeded",
-            title=f"{name} at {where} did not answer within {self.timeout_s:g} s: raise timeout_s, or send less at once",
+            title=f"{what} at {where} did not answer within {self.timeout_s:g} s: raise timeout_s, or send less at once",
         )
         problem = late
         request_id = uuid.uuid4().hex
@@ -186,10 +219,10 @@ class RewardClient:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            replica = self._pick(name)
+            replica, began = self._pick(replicas), time.monotonic()
             request = ScoreRequest.model_construct(
                 request_id=request_id,
-                rewards=[name],
+                rewards=names,
                 priority=self.priority,
                 deadline_ms=max(1, int(left * 1000)),
                 require_version=None,
@@ -197,12 +230,12 @@ class RewardClient:
             )
             replica.in_flight += len(items)
             try:
-                _check_url(name, replica.url)
+                _check_url(what, replica.url)
                 answer = await asyncio.wait_for(self._post(replica, request), left)
-                scores = [item.scores[name] for item in answer.items]
                 if [item.id for item in answer.items] != [item.id for item in items]:
                     raise ValueError("the answer has other items than the request")
-                return scores, answer.rewards[name].version
+                replica.served(len(items), time.monotonic() - began)
+                return {name: ([item.scores[name] for item in answer.items], answer.rewards[name].version) for name in names}
             except TimeoutError:
                 problem = late
                 break
@@ -214,6 +247,7 @@ class RewardClient:
                 if not problem.retryable:
                     break
                 wait = (problem.retry_after_ms or 0) / 1000
+                replica.failed(wait)
             except httpx.HTTPError as error:
                 problem = Problem(
                     type="urn:verism:unreachable",
@@ -221,24 +255,27 @@ class RewardClient:
                     retryable=True,
                 )
                 wait = 0.0
+                replica.failed()
             except (ValueError, KeyError, msgspec.DecodeError) as error:
                 problem = Problem(type="urn:verism:bad-answer", title=f"{replica.url} answered something else than scores: {error}")
                 break
             finally:
                 replica.in_flight -= len(items)
             now = time.monotonic()
-            replica.rest_until = now + (wait or EJECT_SECONDS)
-            rested = any(other.rest_until <= now for other in self._replicas[name])
+            rested = any(other.rest_until <= now for other in replicas)
             pause = random.uniform(0, min(4.0, 0.1 * 2 ** min(attempt, 10))) + (0.0 if rested else wait)
             if now + pause >= deadline:
                 break
             await asyncio.sleep(pause)
         status = "timeout" if problem.type.endswith("deadline-exceeded") else "error"
-        return [Score(status=status, error=problem)] * len(items), None  # type: ignore[arg-type]
+        return {name: ([Score(status=status, error=problem)] * len(items), None) for name in names}  # type: ignore[arg-type]
 
-    def _pick(self, name: str) -> _Replica:
+    def _pick(self, replicas: Sequence["_Replica"]) -> "_Replica":
+        """The one with the fewest seconds of work outstanding, resting ones last."""
         now = time.monotonic()
-        return min(self._replicas[name], key=lambda r: (r.rest_until > now, r.in_flight, random.random()))
+        known = [r.seconds for r in replicas if r.seconds is not None]
+        usual = sum(known) / len(known) if known else 1.0
+        return min(replicas, key=lambda r: (r.rest_until > now, r.in_flight * (r.seconds or usual), random.random()))
 
     async def _post(self, replica: _Replica, request: ScoreRequest) -> ScoreAnswer:
         answer = await self._http.post(

@@ -305,3 +305,30 @@ def test_a_group_of_large_pictures_is_cut_below_the_body_limit() -> None:
     large = encode(np.zeros((1024, 1024, 3), np.uint8))
     chunks = _chunks([ScoreItem(id=str(i), group="g", image=large) for i in range(24)])
     assert [len(chunk) for chunk in chunks] == [16, 8]
+
+
+def test_rewards_of_one_service_share_a_request_and_the_key_goes_along() -> None:
+    seen: list[httpx.Request] = []
+
+    def both(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        asked = wire.parse_msgpack(request.content).request
+        names = asked.rewards or []
+        return httpx.Response(
+            200,
+            content=wire.render_answer(
+                ScoreAnswer(
+                    request_id=asked.request_id,
+                    rewards={n: RewardUsed(version=1, weights_sha256=None, preprocessing="none") for n in names},
+                    items=[ItemAnswer(id=i.id, scores={n: Score.ok(float(len(n))) for n in names}) for i in asked.items],
+                ),
+                wire.MSGPACK,
+            ),
+        )
+
+    services = {"a": "http://one", "bb": "http://one/", "ccc": "http://two"}
+    with RewardClientSync(services, api_key="secret", transport=httpx.MockTransport(both)) as client:
+        table = client.score(pictures(3), rewards=["ccc", "a", "bb"])
+    assert table.values_RB.tolist() == [[3.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert sorted(str(r.url.host) for r in seen) == ["one", "two"]
+    assert all(r.headers["authorization"] == "Bearer secret" for r in seen)
