@@ -194,17 +194,17 @@ def create_app(config: ServiceConfig) -> FastAPI:
             if index in broken:
                 out.append(Score(status="error", error=broken[index]))
                 continue
-            budget -= sum(i.height * i.width for i in (item.image, *item.references))
-            began = time.perf_counter()
+            began, images = time.perf_counter(), (item.image, *item.references)
             try:
+                if any(image.height * image.width > config.max_pixels for image in images):
+                    raise BadImage("the picture is larger than this service allows", "image-too-large", limit=config.max_pixels)
+                budget -= sum(image.height * image.width for image in images)
                 if budget < 0:
                     raise BadImage(
                         f"the request's pictures add up to more than {config.max_request_pixels / 1e6:.0f} megapixels: split it",
                         "image-too-large",
                         limit=config.max_request_pixels,
                     )
-                if item.image.height * item.image.width > config.max_pixels:
-                    raise BadImage("the picture is larger than this service allows", "image-too-large", limit=config.max_pixels)
                 image = decode(item.image)
                 references = tuple(decode(reference).pixels for reference in item.references)
                 ready = Item(np.ascontiguousarray(image.pixels), item.prompt, references, item.meta)
