@@ -6,10 +6,10 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench world images lock setup clean
+.PHONY: help demo test check serve bench bench-serving world images lock setup clean
 
 help: ## what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 setup: ## the environment alone
 	@scripts/setup.sh services trainer dev
@@ -30,6 +30,10 @@ serve: setup ## the small world's rewards on port 8000; CONFIG=file serves other
 
 bench: setup ## images per second over HTTP against a plain loop
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ray Serve; ARGS=--quick takes 3 minutes
+	@$(BIN)/python -m bench.peers.environment
+	@$(BIN)/python -m bench.serving $(ARGS)
 
 world: setup ## make the small world's weights anew
 	@$(BIN)/python -m world.make $(ARGS)
