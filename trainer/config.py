@@ -6,6 +6,7 @@ Everything is frozen once the run starts and is written to the run's folder. A k
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,15 @@ class OptimConfig(Frozen):
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     updates: int = Field(default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter")
+    final_lr: float = Field(default=1.0, gt=0, le=1, description="share of lr that is left after lr_steps, along a cosine")
+    lr_steps: int | None = Field(default=None, ge=1, description="steps of the cosine; null keeps lr constant")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if self.lr_steps is None:
+            return self.lr
+        share = 0.5 * (1 + math.cos(math.pi * min(step / self.lr_steps, 1.0)))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * share)
 
 
 class EMAConfig(Frozen):
@@ -174,6 +184,8 @@ class RunConfig(Frozen):
             raise ValueError("sampling.window is longer than [window_first, window_last)")
         if sum(r.weight for r in self.rewards.values()) <= 0:
             raise ValueError("all reward weights are 0: nothing would be trained")
+        if self.optim.final_lr < 1 and self.optim.lr_steps is None:
+            raise ValueError("optim.final_lr needs optim.lr_steps: over how many steps should the learning rate fall?")
         if self.loss.use == "guard" and s.kind != "sde":
             raise ValueError("loss.use=guard is defined for sampling.kind=sde only")
         return self

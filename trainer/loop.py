@@ -118,6 +118,9 @@ class Run:
         seen: dict[str, list[tuple[float, float]]] = {}
         size = self.config.group.size
         total = float(weights_B.sum()) * self.config.sampling.window
+        lr = self.config.optim.lr_at(self.done)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
         for _ in range(self.config.optim.updates):
             for n, rollout in enumerate(rollouts):
                 own = slice(n * size, (n + 1) * size)
@@ -134,7 +137,7 @@ class Run:
         out = {key: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for key, pairs in seen.items()}
         if "ratio_dev" in seen:
             out["ratio_dev"] = max(value for value, _ in seen["ratio_dev"])
-        return out
+        return {**out, "lr": lr}
 
     def _loss(
         self,

@@ -47,3 +47,11 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(yaml.safe_dump([1]))
     with pytest.raises(ConfigError, match="mapping"):
         load(str(tmp_path / "list.yaml"))
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    optim = load("world", ["optim.lr=1.0", "optim.final_lr=0.2", "optim.lr_steps=40"]).optim
+    assert [round(optim.lr_at(step), 3) for step in (0, 20, 40, 90)] == [1.0, 0.6, 0.2, 0.2]
+    assert load("world", ["optim.lr=0.5", "optim.final_lr=1.0", "optim.lr_steps=null"]).optim.lr_at(7) == 0.5
+    with pytest.raises(ConfigError, match="lr_steps"):
+        load("world", ["optim.final_lr=0.5", "optim.lr_steps=null"])
