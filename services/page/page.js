@@ -94,6 +94,7 @@ function curl(pictures, prompt, rewards) {
   });
   if (prompt) parts.push(`--form-string ${quote(`prompt=${prompt}`)}`);
   parts.push(`-F ${/^[\w,.-]+$/.test(rewards.join(",")) ? `rewards=${rewards.join(",")}` : quote(`rewards=${rewards.join(",")}`)}`);
+  if (!$("lock").hidden) parts.unshift('-H "authorization: Bearer $VERISM_KEY"');
   return `curl -sS ${parts.join(" \\\n  ")} \\\n  ${quote(address("score")).replace(/^'([\w:/.-]+)'$/, "$1")}`;
 }
 
@@ -102,11 +103,25 @@ function told(body, status) {
   return (body?.title ?? `The service answered ${status}.`) + wait + (body?.detail ? ` (${body.detail})` : "");
 }
 
-async function send(path, form, signal) {
-  const answer = await fetch(path, { method: "POST", body: form, signal, credentials: "same-origin" });
+const keyed = () => ($("key").value ? { authorization: `Bearer ${$("key").value.trim()}` } : {});
+
+async function read(answer) {
   const body = await answer.json().catch(() => null);
+  if (answer.status === 401) {
+    locked(true);
+    throw new Error($("key").value ? "The service does not know this key." : "This service asks for a key.");
+  }
   if (!answer.ok || body === null) throw new Error(told(body, answer.status));
   return body;
+}
+
+function locked(yes) {
+  $("lock").hidden = !yes;
+  document.querySelectorAll("nav a").forEach((link) => (link.hidden = yes)); // a link carries no key
+}
+
+async function send(path, form, signal) {
+  return read(await fetch(path, { method: "POST", body: form, signal, headers: keyed() }));
 }
 
 async function ask() {
@@ -232,16 +247,20 @@ function draw(map, figure) {
   const flat = map.rows.flat();
   const low = Math.min(...flat);
   const high = Math.max(...flat);
+  const probabilities = low >= 0 && high <= 1; // painted as they are; other scales from the smallest to the largest number
   const canvas = el("canvas", { width: map.width, height: map.height, role: "img", "aria-label": `Map of ${map.reward}` });
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(map.width, map.height);
   flat.forEach((value, index) => {
-    const generated = high > low ? (value - low) / (high - low) : 0;
+    const generated = probabilities ? value : high > low ? (value - low) / (high - low) : 0;
     pixels.data.set([213, 94, 0, Math.round(204 * generated)], 4 * index);
   });
   context.putImageData(pixels, 0, 0);
   figure.querySelector(".frame").append(canvas);
-  const legend = el("figcaption", { class: "quiet legend" }, `${map.reward}: ${number(low)}`, el("span", { class: "scale" }), `${number(high)}, more like a generated picture`);
+  const [from, to] = probabilities ? [0, 1] : [low, high];
+  const said = probabilities ? ` (here ${number(low)} to ${number(high)})` : "";
+  const scale = el("span", { class: "scale" });
+  const legend = el("figcaption", { class: "quiet legend" }, `${map.reward}: ${number(from)}`, scale, `${number(to)}, more like a generated picture${said}`);
   figure.append(legend);
 }
 
@@ -249,7 +268,7 @@ function draw(map, figure) {
 
 async function start() {
   try {
-    const [served, maps] = await Promise.all(["v1/rewards", "v1/map"].map((path) => fetch(path).then((answer) => answer.json())));
+    const [served, maps] = await Promise.all(["v1/rewards", "v1/map"].map((path) => fetch(path, { headers: keyed() }).then(read)));
     state.info = new Map(served.rewards.map((info) => [info.name, info]));
     state.limits = served.limits ?? {};
     state.maps = maps.rewards ?? [];
@@ -260,8 +279,9 @@ async function start() {
         return el("label", {}, box, el("span", {}, info.name, el("span", { class: "quiet" }, info.description + (info.description && needs ? "." : "") + needs)));
       }),
     );
-  } catch {
-    problem("The service does not say what it serves: reload the page.");
+    problem();
+  } catch (error) {
+    problem(error instanceof TypeError ? "The service does not say what it serves: reload the page." : error.message);
   }
   ready();
 }
@@ -284,6 +304,7 @@ $("clear").addEventListener("click", () => {
   show();
   $("files").focus();
 });
+$("key").addEventListener("change", start);
 $("copy").addEventListener("click", async () => {
   const range = document.createRange();
   range.selectNodeContents($("curl"));

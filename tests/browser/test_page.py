@@ -37,7 +37,7 @@ HOSTILE = "<img src=x onerror=document.title='owned'> $(touch owned) `touch owne
 in_a_browser = [
     pytest.mark.e2e,
     pytest.mark.xdist_group("page"),  # one browser and one service of each kind, however many workers there are
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install it (Debian: apt-get install chromium)"),
 ]
 
@@ -86,7 +86,7 @@ def serve(config: str | Path) -> Iterator[str]:
     command = [sys.executable, "-m", "services", str(config), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
             while True:
                 assert process.poll() is None and time.monotonic() < end, f"{config} did not become ready"
                 try:
@@ -120,6 +120,7 @@ def open_page(browser: Browser) -> Iterator[Any]:
 
     def open_one(url: str, path: str = "/", watched: bool = True, **context: Any) -> Page:
         page = browser.new_context(**context).new_page()
+        page.set_default_timeout(120_000)
         noise: list[str] = []
         page.on("pageerror", lambda error: noise.append(str(error)))
         if watched:
@@ -267,6 +268,8 @@ class TestInABrowser:
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         again = json.loads(done.stdout)
+        for score in (s for one in (answer, again) for item in one["items"] for s in item["scores"].values()):
+            score.pop("cached")  # the second time it is
         assert again["items"] == answer["items"] and again["rewards"] == answer["rewards"]
         assert [item["scores"]["drawn"]["text"] for item in again["items"]] == [prompt or None] * len(names)
         assert {path.name for path in tmp_path.iterdir()} == set(names)
@@ -438,6 +441,34 @@ class TestInABrowser:
         page.context.set_offline(False)
         answered(page)
         assert page.is_hidden("#problem")
+
+    def test_a_key_is_asked_for_and_stays_out_of_the_curl_line(
+        self, open_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        secret = "a-key-of-more-than-16"
+        monkeypatch.setitem(ENVIRONMENT, "VERISM_KEY_TEST", secret)
+        config = tmp_path / "c.yaml"
+        keys = {"someone": {"env": "VERISM_KEY_TEST"}}
+        config.write_text(json.dumps({"device": "cpu", "rewards": {"jpeg_size": {"use": "jpeg_size"}}, "keys": keys}))
+        for url in serve(config):
+            page = open_page(url, watched=False, path="/?")
+            page.wait_for_selector("#problem:text-is('This service asks for a key.')")
+            assert page.locator("nav a:visible").count() == 0
+            page.fill("#key", "another-key-than-that")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#problem:text-is('The service does not know this key.')")
+            page.fill("#key", secret)
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#rewards input")
+            assert page.is_hidden("#problem")
+            photo = save(tmp_path, "a.png", grey(9))
+            page.set_input_files("#files", photo)
+            answered(page)
+            line = page.inner_text("#curl")
+            assert secret not in page.content() + line and "$VERISM_KEY" in line
+            environment = {**os.environ, "VERISM_KEY": secret}
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+            assert f"{json.loads(done.stdout)['items'][0]['scores']['jpeg_size']['value']:.4f}" == shown(page)[0]["jpeg_size"]
 
     def test_the_policy_stops_scripts_and_strangers(self, drawn: str, open_page: Any) -> None:
         page = open_page(drawn, watched=False)
