@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-serving world images lock setup clean
+.PHONY: help demo test check serve bench bench-serving soak world images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -34,6 +34,9 @@ bench: setup ## images per second over HTTP against a plain loop
 bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ray Serve; ARGS=--quick takes 3 minutes
 	@$(BIN)/python -m bench.peers.environment
 	@$(BIN)/python -m bench.serving $(ARGS)
+
+soak: setup ## ten minutes of load, faults and new weights on a service; ARGS="--seconds 60"
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 world: setup ## make the small world's weights anew
 	@$(BIN)/python -m world.make $(ARGS)

@@ -129,7 +129,8 @@ def train(recipe: str, out: Path, overrides: Sequence[str]) -> None:
     shown = ["verism-train", recipe, *overrides, "--resume", "--run-dir", str(folder)]
     print("$ " + " ".join(shown), flush=True)
     command = [_program("verism-train"), *shown[1:]]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT)
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}  # the services rest while the trainer works
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT | threads)
     try:
         status = process.wait()
     except BaseException:  # Ctrl-C reaches the child too: it saves and leaves by itself

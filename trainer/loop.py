@@ -116,6 +116,7 @@ class Run:
     def _learn(self, rollouts: Sequence[Rollout], advantages_B: Tensor, weights_B: Tensor) -> dict[str, float]:
         """`optim.updates` optimiser steps, each over all groups and all steps of their windows."""
         seen: dict[str, list[tuple[float, float]]] = {}
+        reference: dict[tuple[int, int, int], Tensor] = {}  # it does not change between updates
         size = self.config.group.size
         total = float(weights_B.sum()) * self.config.sampling.window
         lr = self.config.optim.lr_at(self.done)
@@ -127,7 +128,7 @@ class Run:
                 for column in range(rollout.window.length):
                     for rows in self._micro_batches(size):
                         judged = advantages_B[own][rows], weights_B[own][rows]
-                        self._loss(rollout, column, rows, *judged, total, seen).backward()
+                        self._loss(rollout, column, rows, *judged, total, seen, reference).backward()
             norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.max_grad_norm)
             seen.setdefault("grad_norm", []).append((float(norm), 1.0))
             self.optimizer.step()
@@ -148,6 +149,7 @@ class Run:
         weights_B: Tensor,
         total: float,
         seen: dict[str, list[tuple[float, float]]],
+        reference: dict[tuple[int, int, int], Tensor],
     ) -> Tensor:
         """The share of one micro-batch at one step of the window in the mean over all scored samples and steps."""
         c, device = self.config, self.policy.device
@@ -165,12 +167,15 @@ class Run:
         loss_B = policy_loss.values_B
         logged = {**policy_loss.diagnostics, "loss": float((loss_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))}
         if c.kl.weight > 0:
-            with torch.no_grad(), self.policy.reference():
-                before, v_reference = replay(self.policy, rollout, column, rows)
+            key = rollout.group, column, rows.start
+            if key not in reference:
+                with torch.no_grad(), self.policy.reference():
+                    before, v_before = replay(self.policy, rollout, column, rows)
+                reference[key] = v_before if c.kl.use == "v_kl" else before.mean
             if c.kl.use == "v_kl":
-                kl_B = self.kl_of(v, v_reference)
+                kl_B = self.kl_of(v, reference[key])
             else:
-                kl_B = self.kl_of(now.mean, before.mean, now.diffusion_B)
+                kl_B = self.kl_of(now.mean, reference[key], now.diffusion_B)
             loss_B = loss_B + c.kl.weight * kl_B
             logged["kl"] = float((kl_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))
         for key, value in logged.items():
