@@ -207,3 +207,30 @@ def test_a_network_in_half_precision_trains_in_float32(dtype: str, lora: dict[st
     assert ratio_deviation(policy, rollout, 4) < CLIP / 10
     step.logp_B.sum().backward()
     assert all(p.dtype == torch.float32 for p in policy.trainable().values())
+
+
+def test_a_common_way_to_the_window_is_walked_once_and_changes_nothing(tmp_path: Path) -> None:
+    policy = build(tmp_path)
+    rows: list[int] = []
+    velocity = policy.velocity
+
+    def counted(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return velocity(x, *rest, **more)
+
+    policy.velocity = counted  # type: ignore[method-assign]
+    sigmas, shape = policy.sigmas(6, 16, 16), policy.latent_shape(16, 16)
+
+    def draw(texts: list[str]) -> Rollout:
+        rows.clear()
+        prompts = [Prompt(n, text) for n, text in enumerate(texts)]
+        return sample(policy, prompts, [5, 6, 7], sigmas=sigmas, shape=shape, window=Window(3, 2), start_seeds=[4, 4, 4])
+
+    apart = draw(["a bag", "a bag", "a boot"])
+    assert rows == [3] * 6, "another prompt, another way"
+    together = draw(["a bag"] * 3)
+    assert rows == [1] * 3 + [3] * 3
+    assert torch.allclose(together.states_BT[:2], apart.states_BT[:2], atol=1e-5)
+    assert torch.allclose(together.latents_BCHW[:2], apart.latents_BCHW[:2], atol=1e-5)
+    assert torch.equal(together.states_BT[0, 0], together.states_BT[2, 0]) and not torch.equal(*together.states_BT[:2, 1])
+    assert ratio_deviation(policy, together) < CLIP / 10
