@@ -13,6 +13,11 @@ REWARDS: dict[str, str] = {
     "safety": "services.rewards.safety:Safety",
     "omniaid": "services.rewards.omniaid:OmniAID",
     "dino_head": "services.rewards.dino_head:DinoHead",
+    "pickscore": "services.rewards.pickscore:PickScore",
+    "hpsv2": "services.rewards.hpsv2:HpsV2",
+    "hpsv3": "services.rewards.hpsv3:HpsV3",
+    "image_reward": "services.rewards.image_reward:ImageReward",
+    "aesthetic": "services.rewards.aesthetic:Aesthetic",
 }
 
 

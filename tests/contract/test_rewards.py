@@ -1,6 +1,7 @@
 """What every registered reward keeps to, whoever wrote it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,20 @@ from services.config import ROOT
 from services.registry import REWARDS, resolve
 from services.reward import Item, Reward
 from shared.schema import Score
+from tests.services.rewards_clip import tiny as tiny_clip
 from tests.services.rewards_detectors import tiny as tiny_detectors
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, Mapping[str, Any]] = {
     "detector": {"folder": ROOT / "world" / "detector"},
     "alignment": {"folder": ROOT / "world" / "alignment"},
     "realism": {"parts": {"detector": {"weight": 1}}},
     "omniaid": tiny_detectors.contract_options("omniaid"),
     "dino_head": tiny_detectors.contract_options("dino_head"),
+    "pickscore": tiny_clip.Tiny("pickscore"),
+    "hpsv2": tiny_clip.Tiny("hpsv2"),
+    "hpsv3": tiny_clip.Tiny("hpsv3"),
+    "image_reward": tiny_clip.Tiny("image_reward"),
+    "aesthetic": tiny_clip.Tiny("aesthetic"),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 
