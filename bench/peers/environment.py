@@ -20,7 +20,7 @@ def make(folder: Path, requirements: Path) -> None:
     if stamp.is_file() and stamp.read_text() == print_now:
         return
     print(f"making {folder.name} from {requirements.relative_to(ROOT)}", file=sys.stderr)
-    venv.create(folder, with_pip=True)
+    venv.create(folder, symlinks=True, with_pip=True)
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "verism_main.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check"]
