@@ -19,6 +19,7 @@ from services.auth import KeyOptions, Scope
 from shared.image import MAX_PIXELS, MAX_REQUEST_PIXELS
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = ("folder", "path", "weights", "head", "template", "processor", "tokenizer")  # options that may name a file of the repository
 
 
 class RewardConfig(BaseModel):
@@ -35,7 +36,7 @@ class RewardConfig(BaseModel):
     )
 
     def options(self) -> dict[str, Any]:
-        return {k: _resolved(v) if k in ("folder", "path") else v for k, v in (self.model_extra or {}).items()}
+        return {k: _resolved(v) if k in PATHS else v for k, v in (self.model_extra or {}).items()}
 
 
 class AdminConfig(KeyOptions):
