@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
@@ -13,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+COMMIT = "^[0-9a-f]{40}$"
 _NESTS = ("model", "state_dict", "module")
 
 
@@ -26,7 +29,7 @@ class WeightsOptions(BaseModel):
     path: Path | None = Field(default=None, description="local .safetensors or .pth, or a folder with one of them")
     hub: str | None = Field(default=None, description="hub id, e.g. Yunncheng/OmniAID; needs `file` and `revision`")
     file: str | None = Field(default=None, description="the weight file inside the hub repository (or inside the folder `path`)")
-    revision: str | None = Field(default=None, description="commit of the hub repository, so that scores stay comparable")
+    revision: str | None = Field(default=None, pattern=COMMIT, description="commit of the hub repository: scores stay comparable")
     licence: str = "see the model card"
 
     @model_validator(mode="after")
@@ -128,3 +131,23 @@ def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device
     shift = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
     scale = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
     return lambda pixels: (pixels - shift) / scale
+
+
+def folded(model: torch.nn.Module, pixels: Tensor) -> torch.nn.Module:
+    """A copy of an evaluated `model` with its batch norms inside the convolutions before them, or `model` where that changes its output.
+
+    The order in which a module lists its children is taken for the order in which it calls them; `pixels` are the trial.
+    """
+    copy = deepcopy(model)
+    for parent in copy.modules():
+        before: tuple[str, torch.nn.Module] | None = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.BatchNorm2d) and before is not None and isinstance(before[1], torch.nn.Conv2d):
+                if before[1].out_channels == child.num_features:
+                    setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
+                    rest = [m for m in (getattr(child, "drop", None), getattr(child, "act", None)) if m is not None]
+                    setattr(parent, name, torch.nn.Sequential(*rest))
+            before = (name, child)
+    with torch.inference_mode():
+        was, now = model(pixels), copy(pixels)
+    return copy if (was - now).abs().max() <= 1e-4 * was.abs().max() else model

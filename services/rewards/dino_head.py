@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from services.reward import Item
-from services.rewards._detector_kit import IMAGENET, WeightsOptions, batched, fill, normaliser, read_state, sha256
+from services.rewards._detector_kit import COMMIT, IMAGENET, WeightsOptions, batched, fill, normaliser, read_state, sha256
 from shared.schema import RewardInfo, Score
 
 
@@ -39,7 +39,7 @@ class BackboneOptions(BaseModel):
     )
     folder: Path | None = Field(default=None, description="folder of a transformers model")
     model: str | None = Field(default=None, description="hub id of a transformers model; needs `revision`")
-    revision: str | None = Field(default=None, description="commit of the hub model")
+    revision: str | None = Field(default=None, pattern=COMMIT, description="commit of the hub model")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -62,6 +62,7 @@ class DinoHeadOptions(BaseModel):
     cls_weight: float = Field(default=0.7, ge=0, le=1)
     patches: int | None = Field(default=None, ge=1, description="patches drawn of each picture; default: all")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    version: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,17 @@ class Backbone:
         return F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
 
     @torch.no_grad()  # not inference_mode: a head is fitted on these
+    def pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """(B, 3, size, size), normalised."""
+        return self._normalise(batched(images, self.device, self.size, self._resize)).to(self.dtype)
+
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         """cls_BD and patches_BND after the backbone's last norm, each divided by its length."""
-        pixels = self._normalise(batched(images, self.device, self.size, self._resize)).to(self.dtype)
+        return self.embed(self.pixels(images))
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor) -> Features:
+        """Features of preprocessed pictures."""
         tokens = self.model.forward_features(pixels) if self._timm else self.model(pixel_values=pixels).last_hidden_state
         tokens = F.normalize(tokens.float(), dim=-1)
         return Features(tokens[:, 0], tokens[:, self.prefix :])
@@ -159,6 +168,7 @@ class DinoHead:
         self.info = RewardInfo(
             name=name,
             range=None,
+            version=options.version,
             weights_sha256=hashlib.sha256(f"{sha256(file)} {self.backbone.identity}".encode()).hexdigest(),
             preprocessing=f"bicubic-antialias-{options.size}-1",
             licence=options.head.licence,
@@ -170,24 +180,33 @@ class DinoHead:
         """FileNotFoundError when a file is not there; ValueError names what of a checkpoint differs."""
         return cls(name, DinoHeadOptions.model_validate(options), device)
 
-    def _chosen(self, image: NDArray[np.uint8], values: Tensor) -> Tensor:
-        """The patches that count: all of values (N,), or `patches` of them drawn by the picture's hash, as often as drawn."""
-        if self.options.patches is None:
-            return values
+    def _drawn(self, image: NDArray[np.uint8]) -> Tensor:
+        """Which patches count, as often as drawn: `patches` numbers out of a generator that the picture's hash seeds."""
         seed = int.from_bytes(hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest())
-        index = torch.randint(len(values), (self.options.patches,), generator=torch.Generator().manual_seed(seed))
-        return values[index.to(values.device)]
+        count = self.options.patches or 0
+        return torch.randint(self.backbone.grid**2, (count,), generator=torch.Generator().manual_seed(seed))
 
-    @torch.inference_mode()
-    def score(self, batch: Sequence[Item]) -> list[Score]:
-        features = self.backbone.features([item.image for item in batch])
+    def prepare(self, batch: Sequence[Item]) -> tuple[Tensor, Tensor | None]:
+        """What `forward` takes: pixels, and the patches drawn (B, n), or None for all of them."""
+        pixels = self.backbone.pixels([item.image for item in batch])
+        if self.options.patches is None:
+            return pixels, None
+        return pixels, torch.stack([self._drawn(item.image) for item in batch]).to(self.backbone.device)
+
+    @torch.no_grad()
+    def forward(self, prepared: tuple[Tensor, Tensor | None]) -> list[Score]:
+        pixels, drawn = prepared
+        features = self.backbone.embed(pixels)
         cls, patches = self.head(features.cls_BD)[:, 0].double(), self.head(features.patches_BND)[..., 0].double()
-        patch = torch.stack([self._chosen(item.image, row).mean() for item, row in zip(batch, patches, strict=True)])
+        patch = (patches if drawn is None else patches.gather(1, drawn)).mean(1)
         value = self.options.cls_weight * cls + (1 - self.options.cls_weight) * patch
         rows = torch.stack([value, cls, patch], 1).cpu().tolist()
         return [Score.ok(v, parts={"cls": c, "patch": p}) for v, c, p in rows]
 
-    @torch.inference_mode()
+    def score(self, batch: Sequence[Item]) -> list[Score]:
+        return self.forward(self.prepare(batch))
+
+    @torch.no_grad()
     def patch_map(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """How generated each patch looks, (grid, grid) in [0, 1]: the sigmoid of -h."""
         scores = self.head(self.backbone.features([image]).patches_BND)[0, :, 0]

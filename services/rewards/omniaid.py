@@ -30,6 +30,7 @@ class OmniAidOptions(WeightsOptions):
     size: int | None = Field(default=None, ge=16, le=1024, description="side in pixels; CLIP: in the checkpoint, DINOv3: 448")
     first_size: int = Field(default=512, ge=0, le=2048, description="every picture is brought to this side first; 0: not")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    version: int = Field(default=1, ge=1)
 
 
 class OmniAID:
@@ -46,6 +47,7 @@ class OmniAID:
         self.info = RewardInfo(
             name=name,
             range=(0.0, 1.0),
+            version=options.version,
             weights_sha256=sha256(weights),
             preprocessing=f"bilinear-{options.first_size}-{self.shape.size}-1",
             licence=options.licence,
@@ -72,8 +74,16 @@ class OmniAID:
         return self._normalise(batched(images, self.device, self.shape.size, self._resize))
 
     @torch.inference_mode()
-    def score(self, batch: Sequence[Item]) -> list[Score]:
-        logits, gates = self.model.logits(self.preprocess([item.image for item in batch]).to(self.dtype))
+    def prepare(self, batch: Sequence[Item]) -> Tensor:
+        """What `forward` takes: (B, 3, size, size) in the model's type."""
+        return self.preprocess([item.image for item in batch]).to(self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> list[Score]:
+        logits, gates = self.model.logits(pixels)
         odds = (logits[:, 0] - logits[:, 1]).double()
         rows = torch.cat([odds.sigmoid()[:, None], odds[:, None], gates.double()], 1).cpu().tolist()
         return [Score.ok(p, parts={"logit": z, **{f"gate_{i}": g for i, g in enumerate(rest)}}) for p, z, *rest in rows]
+
+    def score(self, batch: Sequence[Item]) -> list[Score]:
+        return self.forward(self.prepare(batch))

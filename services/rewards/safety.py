@@ -59,17 +59,32 @@ class Safety:
         return cls(name, SafetyOptions.model_validate(options), device)
 
     @torch.inference_mode()
+    def pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """(B, 3, 224, 224) in [0, 1]."""
+        return batched(images, self.device, SIDE, resize).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
     def probabilities(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """(B, 5) float64 in the order of CLASSES."""
-        pixels = batched(images, self.device, SIDE, resize).contiguous(memory_format=torch.channels_last)
+        return self._softmax(self.pixels(images))
+
+    def _softmax(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.model(pixels)
         return logits.double().softmax(1)
 
-    def score(self, batch: Sequence[Item]) -> list[Score]:
-        rows = self.probabilities([item.image for item in batch]).cpu().tolist()
+    def prepare(self, batch: Sequence[Item]) -> tuple[Tensor, list[bool]]:
+        """What `forward` takes: pixels, and whether each picture is large enough to be known."""
+        return self.pixels([item.image for item in batch]), [min(item.image.shape[:2]) >= MIN_SIDE for item in batch]
+
+    @torch.inference_mode()
+    def forward(self, prepared: tuple[Tensor, list[bool]]) -> list[Score]:
+        pixels, known = prepared
         out = []
-        for item, row in zip(batch, rows, strict=True):
+        for row, in_domain in zip(self._softmax(pixels).cpu().tolist(), known, strict=True):
             safe = min(1.0, max(0.0, 1.0 - sum(row[i] for i in self._unsafe)))
             parts = {**dict(zip(CLASSES, row, strict=True)), "gate": float(safe >= self.threshold)}
-            out.append(Score.ok(safe, parts=parts, in_domain=min(item.image.shape[:2]) >= MIN_SIDE))
+            out.append(Score.ok(safe, parts=parts, in_domain=in_domain))
         return out
+
+    def score(self, batch: Sequence[Item]) -> list[Score]:
+        return self.forward(self.prepare(batch))

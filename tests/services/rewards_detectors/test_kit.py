@@ -2,16 +2,22 @@
 
 import argparse
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-from services.rewards._detector_kit import WeightsOptions, batched, fill, read_state, sha256
+from services.config import ROOT
+from services.registry import resolve
+from services.reward import Item
+from services.rewards._detector_kit import WeightsOptions, batched, fill, folded, read_state, sha256
+from tests.services.rewards_detectors import tiny
 
 
 class Mischief:
@@ -83,6 +89,7 @@ def test_locating_a_file(tmp_path: Path) -> None:
         ({"path": "x", "hub": "a/b"}, "either `path`"),
         ({"hub": "a/b"}, "`revision`"),
         ({"hub": "a/b", "file": "c.pth"}, "`revision`"),
+        ({"hub": "a/b", "file": "c.pth", "revision": "main"}, "revision"),
         ({"path": "x", "pth": "y"}, "pth"),
     ],
 )
@@ -125,3 +132,43 @@ def test_batches_keep_the_order_of_mixed_sizes() -> None:
     out = batched(images, torch.device("cpu"), 8, resize)
     assert sorted(calls) == [1, 1, 2]
     np.testing.assert_allclose(out[:, :, 0, 0], [i.reshape(-1, 3).mean(0) for i in images], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["detector", "safety", "omniaid", "dino_head"])
+def test_the_two_halves_of_a_batch_are_its_score(name: str) -> None:
+    """What is prepared in one thread and run in another gives what `score` gives."""
+    options = {"detector": {"folder": ROOT / "world" / "detector"}, "safety": {}}
+    reward = resolve(name).load(name, options[name] if name in options else tiny.contract_options(name), "cpu")
+    rng = np.random.default_rng(0)
+    batch = [Item(rng.integers(0, 256, (*side, 3), dtype=np.uint8)) for side in ((28, 28), (40, 17), (28, 28))]
+    with ThreadPoolExecutor(1) as helper:
+        prepared = helper.submit(reward.prepare, batch).result()
+    assert reward.forward(prepared) == reward.score(batch)
+
+
+class Swapped(torch.nn.Module):
+    """Lists its children in another order than it calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)
+        self.norm.running_mean = torch.tensor([1.0, -2.0, 3.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(self.last(torch.relu(self.first(x))))
+        return out
+
+
+def test_folding_keeps_the_output_or_does_nothing() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean, norm.running_var = torch.randn_like(norm.running_mean), torch.rand_like(norm.running_var) + 0.5
+    x = torch.randn(2, 3, 64, 64)
+    lean = folded(model, x)
+    assert len(norms) == 49 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in lean.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(lean(x + 1), model(x + 1), rtol=1e-4, atol=1e-4 * float(model(x + 1).abs().max()))
+    swapped = Swapped().eval()
+    assert folded(swapped, x) is swapped
