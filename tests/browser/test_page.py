@@ -86,7 +86,7 @@ def serve(config: str | Path) -> Iterator[str]:
     command = [sys.executable, "-m", "services", str(config), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 420
             while True:
                 assert process.poll() is None and time.monotonic() < end, f"{config} did not become ready"
                 try:
