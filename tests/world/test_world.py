@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.honesty import Monitors, SmallCNN, frechet, kernel_distance
+from trainer.honesty import Monitors, SmallCNN, frechet, kernel_distance, unbiased_frechet
 from world import captions, photographs
 
 WORLD = Path(photographs.__file__).parent
@@ -87,6 +87,19 @@ def test_distances_are_zero_for_equal_sets_and_grow_with_a_shift() -> None:
     assert frechet(a, a + 2) == pytest.approx(32, rel=1e-6)  # 8 axes, 2 squared each
     assert kernel_distance(a[:250], a[250:]) == pytest.approx(0, abs=0.1)
     assert kernel_distance(a, a + 2) > 1
+
+
+def test_the_distance_does_not_depend_on_how_many_there_are() -> None:
+    rng = np.random.default_rng(1)
+    basis = rng.normal(size=(16, 16))
+    b = rng.normal(size=(20_000, 16)) @ basis
+    few, many = (rng.normal(size=(n, 16)) @ basis + 0.5 for n in (200, 20_000))
+    true = 16 * 0.25
+    assert frechet(few, b) > 1.3 * true, "biased"
+    assert unbiased_frechet(few, b) == pytest.approx(true, rel=0.15)
+    assert unbiased_frechet(many, b) == pytest.approx(true, rel=0.05)
+    assert unbiased_frechet(few[:40], b) == frechet(few[:40], b)
+    assert unbiased_frechet(b[:2000], b) < 0.2
 
 
 def test_small_cnn_takes_grey_pictures() -> None:
