@@ -5,7 +5,7 @@
       grafana: {sha256: 9f86d0..., scopes: [read]}
 
 A caller sends `Authorization: Bearer KEY` (or `x-api-key: KEY`). Without `keys` everything but the admin listener is open. Keys never
-stand in the file: `env` names a variable that holds one, `sha256` is the hash of one. /livez and /readyz are always open.
+stand in the file: `env` names a variable that holds one, `sha256` is the hash of one. /livez, /readyz, the page and /docs are always open.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shared.errors import Forbidden, Unauthorized
 
 Scope = Literal["score", "read", "admin"]
-OPEN = frozenset({"/livez", "/readyz"})
+OPEN = frozenset({"/livez", "/readyz", "/docs", "/openapi.json"})
 
 
 class KeyOptions(BaseModel):
