@@ -58,7 +58,11 @@ class SamplingConfig(Frozen):
     guidance: float = Field(default=1.0, ge=0)
     height: int = Field(default=512, ge=8)
     width: int = Field(default=512, ge=8)
-    micro_batch: int = Field(default=16, ge=1, description="pictures per forward pass, in sampling and in training alike")
+    micro_batch: int = Field(
+        default=16,
+        ge=1,
+        description="pictures per forward pass, in sampling and in training alike; groups that fit share one, and a window",
+    )
 
 
 class GroupConfig(Frozen):

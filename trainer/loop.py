@@ -78,15 +78,15 @@ class Run:
         """One training step; returns its line of metrics."""
         start, c = time.monotonic(), self.config
         rollouts, futures = [], []
-        for n, prompt in enumerate(self._prompts_of(self.done)):
-            rollouts.append(self._sample(prompt, n))
-            texts = [prompt.text] * c.group.size
-            futures.append(self.scorer.submit(rollouts[-1].images_BHWC, texts, group=f"{self.done}/{n}"))
+        for first, prompts in self._together(self._prompts_of(self.done)):
+            rollouts.append(rollout := self._sample(prompts, first))
+            groups = [f"{self.done}/{first + n}" for n in range(len(prompts)) for _ in range(c.group.size)]
+            futures.append(self.scorer.submit(rollout.images_BHWC, [p.text for p in rollout.prompts], groups))
         sampled = time.monotonic()
         rewards = self.scorer.collect(futures)
         self.versions.update(rewards.versions)
         scored = time.monotonic()
-        group_B = torch.arange(len(rollouts)).repeat_interleave(c.group.size)
+        group_B = torch.arange(c.group.prompts).repeat_interleave(c.group.size)
         signed_RB = self.scorer.signs_R[:, None] * rewards.values_RB
         advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.model_dump())
         usable = bool(advantages.weights_B.any())
@@ -117,16 +117,16 @@ class Run:
         """`optim.updates` optimiser steps, each over all groups and all steps of their windows."""
         seen: dict[str, list[tuple[float, float]]] = {}
         reference: dict[tuple[int, int, int], Tensor] = {}  # it does not change between updates
-        size = self.config.group.size
         total = float(weights_B.sum()) * self.config.sampling.window
         lr = self.config.optim.lr_at(self.done)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         for _ in range(self.config.optim.updates):
-            for n, rollout in enumerate(rollouts):
-                own = slice(n * size, (n + 1) * size)
+            done = 0
+            for rollout in rollouts:
+                own = slice(done, done := done + len(rollout.prompts))
                 for column in range(rollout.window.length):
-                    for rows in self._micro_batches(size):
+                    for rows in self._micro_batches(len(rollout.prompts)):
                         judged = advantages_B[own][rows], weights_B[own][rows]
                         self._loss(rollout, column, rows, *judged, total, seen, reference).backward()
             norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.max_grad_norm)
@@ -222,7 +222,8 @@ class Run:
 
     def accept(self) -> float:
         """max |ratio - 1| of a fresh group under unchanged weights; ConfigError when rounding eats a tenth of the clip range."""
-        deviation = ratio_deviation(self.policy, self._sample(self._prompts_of(self.done)[0], 0), self.config.sampling.micro_batch)
+        first, prompts = next(self._together(self._prompts_of(self.done)))
+        deviation = ratio_deviation(self.policy, self._sample(prompts, first), self.config.sampling.micro_batch)
         limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 10
         if not deviation < limit:
             raise ConfigError(
@@ -288,20 +289,29 @@ class Run:
             parameter.copy_(weights[name])
             self.ema.average[name].copy_(average[name])
 
-    def _sample(self, prompt: Prompt, n: int) -> Rollout:
+    def _together(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
+        """(position of the first, prompts) of as many whole groups as fit into a micro-batch, one at least."""
+        count = max(1, self.config.sampling.micro_batch // self.config.group.size)
+        for first in range(0, len(prompts), count):
+            yield first, prompts[first : first + count]
+
+    def _sample(self, prompts: Sequence[Prompt], first: int) -> Rollout:
+        """Whole groups, one for each prompt, in one rollout with one window; `first` is the place of the first group in the step."""
         c, s = self.config, self.config.sampling
+        size = c.group.size
+        members = [(first + n, k, prompt) for n, prompt in enumerate(prompts) for k in range(size)]
         return sample(
             self.policy,
-            [prompt] * c.group.size,
-            [noise_seed(c.seed, self.done, prompt.id, n * c.group.size + k) for k in range(c.group.size)],
+            [prompt for *_, prompt in members],
+            [noise_seed(c.seed, self.done, prompt.id, n * size + k) for n, k, prompt in members],
             sigmas=self.sigmas,
             shape=self.shape,
-            window=window_of(c.seed, self.done, n, s.window, s.window_first, s.window_last),
+            window=window_of(c.seed, self.done, first, s.window, s.window_first, s.window_last),
             noise_level=s.noise_level,
             kind=s.kind,
             guidance=s.guidance,
-            group=n,
-            start_seeds=[noise_seed(c.seed, self.done, prompt.id, -1 - n)] * c.group.size if s.same_noise else None,
+            group=first,
+            start_seeds=[noise_seed(c.seed, self.done, p.id, -1 - n) for n, _, p in members] if s.same_noise else None,
             micro_batch=s.micro_batch,
         )
 
@@ -320,7 +330,7 @@ class Run:
             yield slice(start, min(start + self.config.sampling.micro_batch, size))
 
     def _score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Rewards:
-        return self.scorer.collect([self.scorer.submit(images, [p.text for p in prompts], group="")])
+        return self.scorer.collect([self.scorer.submit(images, [p.text for p in prompts], [""] * len(prompts))])
 
     def _versions(self) -> dict[str, Any]:
         packages = ("torch", "diffusers", "transformers", "peft", "numpy", "safetensors")

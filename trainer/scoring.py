@@ -34,7 +34,7 @@ class Rewards:
 
 
 class Scorer:
-    """`submit` a group, `collect` groups. `signs_R` is -1 where lower is better, `weights_R` is the recipe's."""
+    """`submit` groups, `collect` them. `signs_R` is -1 where lower is better, `weights_R` is the recipe's."""
 
     def __init__(self, rewards: Mapping[str, RewardConfig], timeout_s: float) -> None:
         urls = {name: r.url for name, r in rewards.items()}
@@ -45,13 +45,13 @@ class Scorer:
         self.weights_R = torch.tensor([r.weight for r in rewards.values()], dtype=torch.float64)
         self._client = RewardClientSync(urls, timeout_s=timeout_s)
 
-    def submit(self, images: NDArray[np.uint8], prompts: Sequence[str], group: str) -> "Future[ScoreTable]":
-        """Start scoring pictures (B, H, W, 3) of one group and return at once."""
-        future: Any = self._client.submit(list(images), list(prompts), [group] * len(prompts))
+    def submit(self, images: NDArray[np.uint8], prompts: Sequence[str], groups: Sequence[str]) -> "Future[ScoreTable]":
+        """Start scoring pictures (B, H, W, 3), of one group or several, and return at once."""
+        future: Any = self._client.submit(list(images), list(prompts), list(groups))
         return cast("Future[ScoreTable]", future)
 
     def collect(self, futures: Sequence["Future[ScoreTable]"]) -> Rewards:
-        """Wait for groups; their columns stand in the order of `futures`."""
+        """Wait; their columns stand in the order of `futures`."""
         tables = [future.result() for future in futures]
         values = np.concatenate([self._values(table) for table in tables], axis=1)
         failures: dict[str, int] = {}

@@ -34,6 +34,31 @@ def _noise(seeds: Sequence[int], count: int, shape: tuple[int, ...], device: tor
     return torch.stack(rows).to(device)
 
 
+def _walk(
+    policy: ImagePolicy,
+    condition: Condition,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    shape: tuple[int, ...],
+    guidance: float,
+    micro_batch: int,
+) -> Tensor:
+    """(B, ...) where the ODE stands after `sigmas`; who shares noise and prompt is computed once."""
+    keys = list(zip(seeds, (p.text for p in prompts), strict=True))
+    firsts = {key: keys.index(key) for key in dict.fromkeys(keys)}
+    places = {key: n for n, key in enumerate(firsts)}
+    chosen = torch.tensor(list(firsts.values()), device=policy.device)
+    out = []
+    for rows in chosen.split(micro_batch):
+        x = _noise([seeds[i] for i in rows.tolist()], 1, shape, policy.device)[:, 0]
+        for i in range(len(sigmas) - 1):
+            v = policy.velocity(x, sigmas[i], condition[rows], guidance)
+            x = flow.step(x, v, sigmas, torch.full((len(x),), i, device=x.device), 0.0, "ode").prev
+        out.append(x)
+    return torch.cat(out)[torch.tensor([places[key] for key in keys], device=policy.device)]
+
+
 @torch.no_grad()
 def sample(
     policy: ImagePolicy,
@@ -50,23 +75,20 @@ def sample(
     start_seeds: Sequence[int] | None = None,
     micro_batch: int = 64,
 ) -> Rollout:
-    """B pictures of one group. `start_seeds` draws the first noise from other seeds than the window's: equal ones let the members of
-    a group share it, and differ by the window alone. Without a window the whole path is the ODE, and there is nothing to train on.
+    """B pictures, of one group or several with one window.
 
-    Kernels round differently for other batch sizes: `micro_batch` has to be the one that the loss uses.
+    `start_seeds` draws the first noise from other seeds than the window's: equal ones let the members of a group share it, and differ by
+    the window alone. Without a window the whole path is the ODE, and there is nothing to train on. Kernels round differently for other
+    batch sizes: `micro_batch` has to be the one that the loss uses.
     """
     steps = len(sigmas) - 1
     trained = list(window) if window is not None else []
     if trained and not 0 <= trained[0] <= trained[-1] < steps - 1:
         raise ValueError(f"the window {trained} must lie inside the first {steps - 1} of {steps} steps: the last is never trained")
     condition = policy.encode([p.text for p in prompts])
-    shared = start_seeds is not None and len(set(start_seeds)) == 1 and len({p.text for p in prompts}) == 1
-    apart = trained[0] if trained and shared else 0  # the members of such a group go one way until the window: it is walked once
-    if apart and start_seeds is not None:
-        prefix = _noise(start_seeds[:1], 1, shape, policy.device)[:, 0]
-        for i in range(apart):
-            v = policy.velocity(prefix, sigmas[i], condition[:1], guidance)
-            prefix = flow.step(prefix, v, sigmas, torch.full((1,), i, device=prefix.device), 0.0, "ode").prev
+    begun: Tensor | None = None
+    if start_seeds is not None and trained and trained[0] > 0:  # members of a group go one way until the window: it is walked once
+        begun = _walk(policy, condition, prompts, start_seeds, sigmas[: trained[0] + 1], shape, guidance, micro_batch)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for start in range(0, len(prompts), micro_batch):
         rows = slice(start, start + micro_batch)
@@ -74,10 +96,10 @@ def sample(
         if start_seeds is not None:
             noise[:, 0] = _noise(start_seeds[rows], 1, shape, policy.device)[:, 0]
         x, cond = noise[:, 0], condition[rows]
-        if apart:
-            x = prefix.expand_as(x).contiguous()
+        if begun is not None:
+            x = begun[rows]
         states, logps, means = [], [], []
-        for i in range(apart, steps):
+        for i in range(trained[0] if begun is not None else 0, steps):
             v = policy.velocity(x, sigmas[i], cond, guidance)
             index = torch.full((len(x),), i, device=x.device)
             if i in trained:

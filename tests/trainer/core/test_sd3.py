@@ -226,11 +226,15 @@ def test_a_common_way_to_the_window_is_walked_once_and_changes_nothing(tmp_path:
         prompts = [Prompt(n, text) for n, text in enumerate(texts)]
         return sample(policy, prompts, [5, 6, 7], sigmas=sigmas, shape=shape, window=Window(3, 2), start_seeds=[4, 4, 4])
 
-    apart = draw(["a bag", "a bag", "a boot"])
-    assert rows == [3] * 6, "another prompt, another way"
+    apart = draw(["a bag", "a bag ", "a boot"])
+    assert rows == [3] * 6, "other prompts, other ways"
+    mixed = draw(["a bag", "a bag", "a boot"])
+    assert rows == [2] * 3 + [3] * 3
+    assert torch.allclose(mixed.latents_BCHW[2], apart.latents_BCHW[2], atol=1e-5)
     together = draw(["a bag"] * 3)
     assert rows == [1] * 3 + [3] * 3
-    assert torch.allclose(together.states_BT[:2], apart.states_BT[:2], atol=1e-5)
-    assert torch.allclose(together.latents_BCHW[:2], apart.latents_BCHW[:2], atol=1e-5)
+    assert torch.allclose(together.states_BT[:2], mixed.states_BT[:2], atol=1e-5)
+    assert torch.allclose(together.states_BT[0], apart.states_BT[0], atol=1e-5)
+    assert torch.allclose(together.latents_BCHW[0], apart.latents_BCHW[0], atol=1e-5)
     assert torch.equal(together.states_BT[0, 0], together.states_BT[2, 0]) and not torch.equal(*together.states_BT[:2, 1])
     assert ratio_deviation(policy, together) < CLIP / 10
