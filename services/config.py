@@ -19,7 +19,16 @@ from services.auth import KeyOptions, Scope
 from shared.image import MAX_PIXELS, MAX_REQUEST_PIXELS
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = ("folder", "path", "weights", "head", "template", "processor", "tokenizer")  # options that may name a file of the repository
+PATHS = (
+    "folder",
+    "path",
+    "weights",
+    "head",
+    "template",
+    "processor",
+    "tokenizer",
+    "against",
+)  # options that may name a file of the repository
 
 
 class RewardConfig(BaseModel):

@@ -8,21 +8,36 @@ Embeddings are normalised, else the norm of a picture's embedding becomes someth
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from services.rewards.clip_kit import Cosine, PromptOptions
 from services.rewards.clip_towers import ClipTowers
 from services.rewards.siglip import SiglipTowers
 from shared.schema import RewardInfo
 
+_MOST_OTHERS = 1000
+
 
 class AlignmentOptions(PromptOptions):
     """Options in the service's configuration; ModelOptions describes them."""
 
+    against: Path | None = Field(default=None, description="text file of other prompts, one a line: gives `parts.margin`")
+
 
 class Alignment(Cosine):
-    """`parts.match` is SigLIP's probability that the two belong together; `parts.truncated` says that the prompt was cut."""
+    """`parts.match` is SigLIP's probability that the two belong together; `parts.truncated` says that the prompt was cut.
+
+    With `against`, `parts.margin` is the log-probability, at the model's own scale, that the picture shows its prompt rather than one of
+    those: at most 0. What raises every cosine leaves it alone, so as a reward it is harder to please without showing the thing.
+    """
+
+    _others: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:
@@ -45,9 +60,32 @@ class Alignment(Cosine):
             licence=chosen.licence,
             description=f"cosine of the {kind} embeddings of picture and prompt",
         )
-        return cls(towers, chosen, info)
+        reward = cls(towers, chosen, info)
+        reward._others = _lines(chosen.against)
+        return reward
+
+    def _more(self, cosine_B: Tensor, picture_BD: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
+        if not self._others:
+            return super()._more(cosine_B, picture_BD, prompts)
+        cosine_BO = (picture_BD @ self.towers.texts(self._others).T).double()
+        for row, prompt in enumerate(prompts):
+            cosine_BO[row, [n for n, other in enumerate(self._others) if other == prompt]] = -torch.inf
+        logits_BO = self.towers.scale * torch.cat([cosine_B[:, None], cosine_BO], dim=1)
+        return [{"margin": margin} for margin in logits_BO.log_softmax(1)[:, 0].cpu().tolist()]
 
     def _value(self, cosine: float) -> tuple[float, dict[str, float]]:
         if isinstance(self.towers, SiglipTowers):
             return cosine, {"match": (1 + math.tanh((self.towers.scale * cosine + self.towers.bias) / 2)) / 2}
         return cosine, {}
+
+
+def _lines(file: Path | None) -> tuple[str, ...]:
+    """Prompts of a text file; ValueError when there are none, or more than are worth the time."""
+    if file is None:
+        return ()
+    if not file.is_file():
+        raise FileNotFoundError(f"against: no file {file}; write other prompts into it, one a line")
+    lines = tuple(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
+    if not 1 <= len(lines) <= _MOST_OTHERS:
+        raise ValueError(f"against: {file} holds {len(lines)} prompts; 1 to {_MOST_OTHERS} are sensible")
+    return lines

@@ -377,6 +377,7 @@ class Towers(Protocol):
     texts: Texts
     tokens: Tokens
     context: int
+    scale: float
 
     def inputs(self, images: Sequence[Picture]) -> Any:
         """What `pictures` takes."""
@@ -396,11 +397,20 @@ class Cosine(Prompted):
         """The score and its parts."""
         return cosine, {}
 
+    def _more(self, cosine_B: Tensor, picture_BD: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
+        """Parts that need more than the cosine."""
+        return [{} for _ in prompts]
+
     def _inputs(self, items: list[Item]) -> Any:
         return self.towers.inputs([item.image for item in items])
 
     def _scores(self, items: list[Item], inputs: Any) -> list[Score]:
-        text_BD, picture_BD = self.towers.texts([item.prompt or "" for item in items]), self.towers.pictures(inputs)
-        cosine_B = (picture_BD * text_BD).sum(-1).double().clamp(-1, 1).cpu().tolist()
-        valued = [self._value(cosine) for cosine in cosine_B]
-        return [Score.ok(value, parts=parts | cut) for (value, parts), cut in zip(valued, self._cut(items), strict=True)]
+        prompts = [item.prompt or "" for item in items]
+        text_BD, picture_BD = self.towers.texts(prompts), self.towers.pictures(inputs)
+        cosine_B = (picture_BD * text_BD).sum(-1).double().clamp(-1, 1)
+        valued = [self._value(cosine) for cosine in cosine_B.cpu().tolist()]
+        more = self._more(cosine_B, picture_BD, prompts)
+        return [
+            Score.ok(value, parts=parts | other | cut)
+            for (value, parts), other, cut in zip(valued, more, self._cut(items), strict=True)
+        ]
