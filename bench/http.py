@@ -56,7 +56,11 @@ def run(rounds: int, pictures: int) -> int:
         port = probe.getsockname()[1]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         json.dump(
-            {"threads": 1, "rewards": {"detector": {"use": "detector", "folder": "world/detector", "batch_cap": BATCH}}}, config
+            {
+                "threads": 1,
+                "rewards": {"detector": {"use": "detector", "folder": "world/detector", "cache_items": 0, "batch_cap": BATCH}},
+            },
+            config,
         )
         config.flush()
         quiet: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT, "stderr": subprocess.DEVNULL}
