@@ -293,6 +293,10 @@ def create_app(config: ServiceConfig) -> FastAPI:
             kind,
         )
 
+    def land(key: tuple[str, str], flight: _Flight) -> None:
+        if state.flights.get(key) is flight:
+            del state.flights[key]
+
     async def join(parsed: wire.Parsed, names: list[str], kind: str, body: bytes | bytearray, started: float) -> bytes:
         """The answer; who repeats a request that is being answered (same id, same body) waits for that one."""
         key = (kind, parsed.request.request_id)
@@ -302,7 +306,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         if flight is None:
             task = asyncio.ensure_future(answer(parsed, names, kind, len(body), started))
             flight = state.flights[key] = _Flight(body, task)
-            task.add_done_callback(lambda _: state.flights.pop(key, None))
+            task.add_done_callback(lambda _: land(key, flight))
         else:
             metrics.joined.inc()
         flight.waiters += 1
@@ -311,6 +315,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         finally:
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done():
+                land(key, flight)  # nobody may join what is being cancelled
                 flight.task.cancel()
 
     @app.post(
