@@ -7,18 +7,16 @@
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from services.app import Served, State, load_reward
 from services.auth import KeyOptions, Keys
+from services.config import RewardConfig
 from services.http import Door, not_a_page
 from services.worker import RewardWork, warm_up
 from shared.errors import Invalid, NotReady, UnknownReward
@@ -37,16 +35,11 @@ def create_admin(state: State, keys: dict[str, KeyOptions]) -> FastAPI:
         raise ValueError("admin: give `env` (a variable that holds the admin key) or `sha256`")
     loading = asyncio.Lock()
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-
     app = FastAPI(
         title="Verism admin",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        lifespan=lifespan,
         exception_handlers={HTTPException: not_a_page},
     )
     app.add_middleware(Door, metrics=state.metrics, keys=Keys(keys), scope="admin")
@@ -63,20 +56,22 @@ def create_admin(state: State, keys: dict[str, KeyOptions]) -> FastAPI:
         return {n: {"version": one.info.version, "weights_sha256": one.info.weights_sha256} for n, one in state.rewards.items()}
 
     @app.post("/admin/rewards/{name}/weights")
-    async def weights(name: str, asked: Weights, request: Request) -> dict[str, Any]:
+    async def weights(name: str, asked: Weights) -> dict[str, Any]:
         """Load beside the live model, warm up, swap between two batches. A failure leaves the live one as it is."""
         served = plain(name)
         assert served.lane is not None
         if loading.locked():
             raise NotReady("other weights are being loaded; try again when they are in place", retry_after_ms=1000)
         async with loading:
-            options = {**served.options.options(), **(asked.model_extra or {})}
             version = asked.version or served.info.version + 1
             if version <= served.info.version:
                 raise Invalid(f"version: {name} is at {served.info.version}; versions only rise")
-            began = time.monotonic()
+            began, changes = time.monotonic(), asked.model_extra or {}
+            if "use" in changes:
+                raise Invalid("use: weights change, not the kind of reward; configure another reward for that")
             try:
-                work = await asyncio.to_thread(_load, name, options, served.options.use, state.device, version)
+                options = RewardConfig.model_validate({**served.options.model_dump(), **changes})
+                work = await asyncio.to_thread(_load, name, options, state.device, version)
             except ValueError as error:
                 raise Invalid(str(error)) from error
             await served.lane.swap(work)
@@ -97,11 +92,8 @@ def create_admin(state: State, keys: dict[str, KeyOptions]) -> FastAPI:
     return app
 
 
-def _load(name: str, options: dict[str, Any], use: str, device: str, version: int) -> RewardWork:
-    for key in ("folder", "path"):
-        if key in options and not Path(str(options[key])).exists():
-            raise ValueError(f"{key}: nothing at {options[key]}")
-    reward = load_reward(name, options, use, device)
+def _load(name: str, options: RewardConfig, device: str, version: int) -> RewardWork:
+    reward = load_reward(name, options.options(), options.use, device)
     reward.info = reward.info.model_copy(update={"version": version})
     work = RewardWork(reward)
     warm_up(work, 1, device)

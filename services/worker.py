@@ -100,6 +100,8 @@ def best_threads(work: RewardWork, n: int = 8) -> int:
     if torch is None:
         return 1
     most, chosen, fastest, threads = torch.get_num_threads(), 1, float("inf"), 1
+    if most == 1:
+        return 1
     while threads <= most:
         torch.set_num_threads(threads)
         seconds = timed(work, n)

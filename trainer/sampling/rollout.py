@@ -93,7 +93,7 @@ def sample(
     for start in range(0, len(prompts), micro_batch):
         rows = slice(start, start + micro_batch)
         noise = _noise(seeds[rows], 1 + len(trained), shape, policy.device)
-        if start_seeds is not None:
+        if start_seeds is not None and begun is None:
             noise[:, 0] = _noise(start_seeds[rows], 1, shape, policy.device)[:, 0]
         x, cond = noise[:, 0], condition[rows]
         if begun is not None:
