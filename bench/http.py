@@ -8,7 +8,6 @@ used, and, apart from it, what the client used. Other work on the same cores cha
 import asyncio
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,13 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.process import free_port, wait
 from shared.client import RewardClient
 from world import photographs
 
@@ -51,9 +50,7 @@ for line in sys.stdin:
 
 def run(rounds: int, pictures: int) -> int:
     """Measure, print a table, write bench/results/http.json."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         json.dump(
             {
@@ -71,7 +68,7 @@ def run(rounds: int, pictures: int) -> int:
             [sys.executable, "-c", PLAIN, str(pictures)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **quiet
         )
         try:
-            _wait(f"http://127.0.0.1:{port}")
+            wait(f"http://127.0.0.1:{port}")
             images = list(photographs.load("test")[0][:pictures])
             ways: dict[str, list[Sample]] = {}
             before = os.getloadavg()[0]
@@ -86,16 +83,6 @@ def run(rounds: int, pictures: int) -> int:
             server.wait(30)
             plain.wait(30)
     return _show({name: values[1:] for name, values in ways.items()}, pictures, before)
-
-
-def _wait(url: str) -> None:
-    for _ in range(300):
-        try:
-            if httpx.get(f"{url}/readyz", timeout=60, trust_env=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.2)
-    raise RuntimeError("the service did not start; try `verism-serve examples/serve/detector.yaml` to see why")
 
 
 def _plain(process: subprocess.Popen[str], size: int) -> Sample:

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import psutil
 from rich.console import Console
 
 from bench import models, peers, serving_report
+from bench.process import free_port
 from shared.client import RewardClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +47,6 @@ VERISM, VERISM_2 = "Verism", "Verism, 2 processes"
 START_S = 180.0  # a busy machine starts seven servers slowly
 GROUPS, CALLERS, SIDES = (1, 8, 24), (1, 4, 32), (512, 1024)
 console = Console(stderr=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

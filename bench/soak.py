@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 
+from bench.process import free_port, wait
 from services.reward import Item
 from shared import wire
 from shared.image import encode
@@ -66,12 +66,6 @@ class Stamped:
         if POISON in greys:
             raise ValueError("a white picture")
         return [Score.ok(self.stamp + grey / 1000) for grey in greys]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def body(greys: Sequence[int], name: str, broken: int | None = None) -> bytes:
@@ -180,12 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             url = f"http://127.0.0.1:{port}"
-            for _ in range(300):
-                try:
-                    if httpx.get(f"{url}/readyz", timeout=60, trust_env=False).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.2)
+            wait(url)
             soak = Soak(url, f"http://127.0.0.1:{admin}", psutil.Process(server.pid))
             asyncio.run(soak.run(seconds))
         finally:
