@@ -54,7 +54,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check, print the configuration and stop")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     console = Console()
     return _guarded(console, lambda: _train(args, console))
 
@@ -71,7 +71,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         help="whose prompts, sampling and services judge a policy (default: world)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     console = Console()
     return _guarded(console, lambda: _evaluate(args, console))
 

@@ -28,16 +28,18 @@ class AlignmentOptions(PromptOptions):
     """Options in the service's configuration; ModelOptions describes them."""
 
     against: Path | None = Field(default=None, description="text file of other prompts, one a line: gives `parts.margin`")
+    temperature: float = Field(default=1.0, gt=0, le=100, description="divides the logits of `parts.margin`: above 1, a clear case counts on")
 
 
 class Alignment(Cosine):
     """`parts.match` is SigLIP's probability that the two belong together; `parts.truncated` says that the prompt was cut.
 
-    With `against`, `parts.margin` is the log-probability, at the model's own scale, that the picture shows its prompt rather than one of
-    those: at most 0. What raises every cosine leaves it alone, so as a reward it is harder to please without showing the thing.
+    With `against`, `parts.margin` is the log-probability, at `temperature` times the model's own, that the picture shows its prompt rather than
+    one of those: at most 0. What raises every cosine leaves it alone, so as a reward it is harder to please without showing the thing.
     """
 
     _others: tuple[str, ...] = ()
+    _temperature = 1.0
 
     @classmethod
     def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:
@@ -61,7 +63,7 @@ class Alignment(Cosine):
             description=f"cosine of the {kind} embeddings of picture and prompt",
         )
         reward = cls(towers, chosen, info)
-        reward._others = _lines(chosen.against)
+        reward._others, reward._temperature = _lines(chosen.against), chosen.temperature
         return reward
 
     def _more(self, cosine_B: Tensor, picture_BD: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
@@ -70,7 +72,7 @@ class Alignment(Cosine):
         cosine_BO = (picture_BD @ self.towers.texts(self._others).T).double()
         for row, prompt in enumerate(prompts):
             cosine_BO[row, [n for n, other in enumerate(self._others) if other == prompt]] = -torch.inf
-        logits_BO = self.towers.scale * torch.cat([cosine_B[:, None], cosine_BO], dim=1)
+        logits_BO = self.towers.scale / self._temperature * torch.cat([cosine_B[:, None], cosine_BO], dim=1)
         return [{"margin": margin} for margin in logits_BO.log_softmax(1)[:, 0].cpu().tolist()]
 
     def _value(self, cosine: float) -> tuple[float, dict[str, float]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer.__main__ import train
 from trainer.config import ConfigError, dump, load, recipe_names
 
 
@@ -55,3 +56,9 @@ def test_the_learning_rate_falls_along_a_cosine() -> None:
     assert load("world", ["optim.lr=0.5", "optim.final_lr=1.0", "optim.lr_steps=null"]).optim.lr_at(7) == 0.5
     with pytest.raises(ConfigError, match="lr_steps"):
         load("world", ["optim.final_lr=0.5", "optim.lr_steps=null"])
+
+
+def test_changes_may_stand_before_and_after_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["world", "seed=3", "--dry-run", "steps=7"]) == 0
+    shown = capsys.readouterr().out
+    assert "seed: 3" in shown and "steps: 7" in shown
