@@ -6,6 +6,7 @@ verism-score picture.jpg --prompt "a photo of a bag"
 
 import argparse
 import asyncio
+import gc
 import importlib
 import json
 import logging
@@ -87,6 +88,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
         return 0
     shown = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
     console.print(f"listening on http://{shown}:{config.port}   try: curl -F image=@photo.jpg http://{shown}:{config.port}/score")
+    gc.collect()
+    gc.freeze()  # what is loaded stays: to look through it again would take the collector a tenth of a second
     status: int = importlib.import_module("services.server").serve(app, config, admin)
     return status
 

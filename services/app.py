@@ -24,7 +24,7 @@ from services import logs, page, telemetry
 from services.auth import Keys
 from services.cache import Cache, key_of, pixels_digest
 from services.config import RewardConfig, ServiceConfig
-from services.http import PROBLEM, Door, not_a_page, parse, read_body, while_asked
+from services.http import PROBLEM, Buffers, Door, not_a_page, parse, read_body, while_asked
 from services.metrics import Metrics
 from services.registry import resolve
 from services.reward import Item
@@ -37,6 +37,7 @@ from shared.schema import MAX_ITEMS, ItemAnswer, Problem, RewardInfo, RewardUsed
 
 log = logging.getLogger("verism.service")
 READY_SECONDS = 5.0
+HASH_AT_ONCE = 1 << 20  # bytes that are hashed in less time than a thread takes to be asked
 
 
 @dataclass
@@ -64,9 +65,10 @@ class Served:
 
 @dataclass
 class _Flight:
-    """A request that is being answered, and how many wait for it."""
+    """A request that is being answered, and how many wait for it. `key` is its kind and id."""
 
-    body: bytes | bytearray
+    key: tuple[str, str]
+    body: memoryview
     task: "asyncio.Task[bytes]"
     waiters: int = 0
 
@@ -139,6 +141,12 @@ def _lane(name: str, reward: Any, options: RewardConfig, metrics: Metrics, devic
     return lane
 
 
+def _keep_memory() -> None:
+    """glibc gives every block of a megabyte back to the kernel, and takes fresh pages for the next, until one as large as this was
+    freed once. Elsewhere it does nothing."""
+    bytearray((32 << 20) - (1 << 16))
+
+
 class _Swapped(Exception):
     """The weights changed while a request was on its way: ask once more, with one version."""
 
@@ -146,9 +154,11 @@ class _Swapped(Exception):
 def create_app(config: ServiceConfig) -> FastAPI:
     """Load the rewards and build the app; raises ValueError when a reward cannot be loaded."""
     telemetry.configure()
+    _keep_memory()
     keys, metrics, device = Keys(config.keys), Metrics(), pick_device(config.device)
     state = State(config, metrics, device, load_rewards(config, metrics, device))
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+    buffers = Buffers(4 * config.max_body_bytes)
     admission = Admission(
         config.max_waiting_items,
         config.max_waiting_bytes,
@@ -186,9 +196,11 @@ def create_app(config: ServiceConfig) -> FastAPI:
             _require(request, state.rewards[name].info)
         return list(dict.fromkeys(names))
 
-    def decode_items(items: Sequence[ScoreItem], broken: Mapping[int, Problem]) -> list[tuple[Item, bytes, bool] | Score]:
-        """Every item decoded, with the hash of its pixels and whether it was lossy, or its error. The request's pixel budget is
-        checked before anything is decoded."""
+    def decode_items(
+        items: Sequence[ScoreItem], broken: Mapping[int, Problem], hashed: bool
+    ) -> list[tuple[Item, bytes, bool] | Score]:
+        """Every item decoded, with the hash of its pixels where it is asked for and whether it was lossy, or its error. The request's
+        pixel budget is checked before anything is decoded."""
         out: list[tuple[Item, bytes, bool] | Score] = []
         budget = config.max_request_pixels
         for index, item in enumerate(items):
@@ -209,11 +221,19 @@ def create_app(config: ServiceConfig) -> FastAPI:
                 image = decode(item.image)
                 references = tuple(decode(reference).pixels for reference in item.references)
                 ready = Item(np.ascontiguousarray(image.pixels), item.prompt, references, item.meta)
-                out.append((ready, pixels_digest(ready) if config.caches else b"", image.lossy))
+                out.append((ready, pixels_digest(ready) if hashed else b"", image.lossy))
             except VerismError as error:
                 out.append(Score(status="error", error=error.problem()))
             metrics.decode_seconds.labels(item.image.encoding).observe(time.perf_counter() - began)
         return out
+
+    async def decoded_items(parsed: wire.Parsed) -> list[tuple[Item, bytes, bool] | Score]:
+        """In a thread, but for raw pixels that need no hash: those are there as soon as the body is."""
+        asked = parsed.request
+        hashed, raw = config.caches and _repeats(asked), all(_is_raw(item) for item in asked.items)
+        if raw and (not hashed or sum(len(item.image.data) for item in asked.items) <= HASH_AT_ONCE):
+            return decode_items(asked.items, parsed.broken, hashed)
+        return await asyncio.get_running_loop().run_in_executor(pool, decode_items, asked.items, parsed.broken, hashed)
 
     async def score_one(
         name: str, asked: ScoreRequest, items: Sequence[tuple[Item, bytes, bool] | Score], deadline: float | None
@@ -237,7 +257,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         while True:
             info = served.info
             _require(asked, info)
-            cached = cache.size and all(not item.meta for item, _, _ in good)
+            cached = cache.size and _repeats(asked) and all(not item.meta for item, _, _ in good)
             try:
                 if cached:
                     scores = iter(await cache.through([key_of(info, item, pixels) for item, pixels, _ in good], ask))
@@ -253,7 +273,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         deadline = time.monotonic() + asked.deadline_ms / 1000 if asked.deadline_ms is not None else None
         with admission.hold(len(asked.items), size):
             with telemetry.span("decode", items=len(asked.items)):
-                items = await asyncio.get_running_loop().run_in_executor(pool, decode_items, asked.items, parsed.broken)
+                items = await decoded_items(parsed)
             decoded = time.perf_counter()
             plain = list(dict.fromkeys(p for n in names for p in (state.rewards[n].parts or (n,))))
             rows = await _all([score_one(name, asked, items, deadline) for name in plain])
@@ -293,29 +313,34 @@ def create_app(config: ServiceConfig) -> FastAPI:
             kind,
         )
 
-    def land(key: tuple[str, str], flight: _Flight) -> None:
-        if state.flights.get(key) is flight:
-            del state.flights[key]
+    def land(flight: _Flight) -> None:
+        if state.flights.get(flight.key) is flight:
+            del state.flights[flight.key]
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # nobody may be left to hear of it
 
-    async def join(parsed: wire.Parsed, names: list[str], kind: str, body: bytes | bytearray, started: float) -> bytes:
-        """The answer; who repeats a request that is being answered (same id, same body) waits for that one."""
+    def board(parsed: wire.Parsed, names: list[str], kind: str, body: memoryview, started: float) -> _Flight:
+        """What answers this request: its own task, or that of the same request (same id, same body) that is being answered."""
         key = (kind, parsed.request.request_id)
-        flight = state.flights.get(key)
-        if flight is not None and flight.body != body:
-            return await answer(parsed, names, kind, len(body), started)
-        if flight is None:
-            task = asyncio.ensure_future(answer(parsed, names, kind, len(body), started))
-            flight = state.flights[key] = _Flight(body, task)
-            task.add_done_callback(lambda _: land(key, flight))
-        else:
+        first = state.flights.get(key)
+        if first is not None and np.array_equal(first.body, body):
             metrics.joined.inc()
+            return first
+        flight = _Flight(key, body, asyncio.ensure_future(answer(parsed, names, kind, len(body), started)))
+        if first is None:  # another body of the same id keeps its place
+            state.flights[key] = flight
+        flight.task.add_done_callback(lambda _: land(flight))
+        return flight
+
+    async def ride(request: Request, flight: _Flight) -> bytes:
+        """The answer. Whoever is the last to leave ends the work."""
         flight.waiters += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await while_asked(request, flight.task)
         finally:
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done():
-                land(key, flight)  # nobody may join what is being cancelled
+                land(flight)  # nobody may join what is being cancelled
                 flight.task.cancel()
 
     @app.post(
@@ -332,13 +357,13 @@ def create_app(config: ServiceConfig) -> FastAPI:
         started = time.perf_counter()
         if state.draining:
             raise NotReady("this service is shutting down; ask another replica")
-        admission.check(1, int(size) if (size := request.headers.get("content-length", "")).isdigit() else 0)
-        body = await read_body(request, config.max_body_bytes, config.body_timeout_s)
+        admission.check(1, int(size) if (size := request.headers.get("content-length", "")).isdecimal() else 0)
+        body = await read_body(request, config.max_body_bytes, config.body_timeout_s, buffers)
         metrics.bytes_in.inc(len(body))
         parsed, kind = await parse(request.headers, body)
         names = wanted(parsed.request)
         logs.note(request, request_id=parsed.request.request_id, items=len(parsed.request.items), rewards=names)
-        content = await while_asked(request, join(parsed, names, kind, body, started))
+        content = await ride(request, board(parsed, names, kind, body, started))
         return Response(content, media_type=wire.MSGPACK if kind == wire.MSGPACK else wire.JSON)
 
     @app.get("/v1/rewards", summary="What is served")
@@ -404,6 +429,15 @@ def _require(asked: ScoreRequest, info: RewardInfo) -> None:
     version = (asked.require_version or {}).get(info.name)
     if version is not None and version != info.version:
         raise WrongVersion(f"{info.name} is at version {info.version}, not {version}", observed=info.version, limit=version)
+
+
+def _repeats(asked: ScoreRequest) -> bool:
+    """Whether its pictures may come again. Those of a training step never do: to look for them in the cache is work for nothing."""
+    return asked.priority != "train"
+
+
+def _is_raw(item: ScoreItem) -> bool:
+    return item.image.encoding == "rgb8" and not item.references
 
 
 def _first_composition(rewards: Mapping[str, Served]) -> list[str]:

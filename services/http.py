@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
@@ -33,31 +33,86 @@ class CallerLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray:
+class Buffers:
+    """Memory for bodies, used again: the first touch of a fresh page costs more than all that is done with what is read into it.
+
+    Nobody gives a buffer back: as long as somebody holds a memoryview of it, or an array over one, it is not lent again.
+    """
+
+    def __init__(self, most: int) -> None:
+        """At most `most` bytes are kept."""
+        self.most = most
+        self._kept: list[bytearray] = []
+
+    def find(self, size: int) -> memoryview | None:
+        """At least `size` bytes that nobody holds, and not many times as many; None when there are none."""
+        for buffer in self._kept:
+            if size <= len(buffer) <= 4 * size and _unheld(buffer):
+                return memoryview(buffer)
+        return None
+
+    def make(self, size: int) -> memoryview:
+        """Fresh ones, kept for later; older ones that nobody holds make room for them."""
+        buffer = bytearray(size)
+        for old in self._kept[:]:
+            if sum(map(len, self._kept)) + size > self.most and _unheld(old):
+                self._kept.remove(old)
+        if sum(map(len, self._kept)) + size <= self.most:
+            self._kept.append(buffer)
+        return memoryview(buffer)
+
+
+def _unheld(buffer: bytearray) -> bool:
+    """A bytearray that is seen through a memoryview refuses to change its length; losing a byte and having it back moves nothing."""
+    try:
+        buffer.append(buffer.pop())
+    except BufferError:
+        return False
+    return True
+
+
+async def read_body(request: Request, limit: int, timeout_s: float, buffers: Buffers | None = None) -> memoryview:
     """The body, never more than `limit` bytes in memory, never later than `timeout_s`."""
     too_large = f"the body is larger than {limit / 2**20:.0f} MiB: send fewer or smaller pictures"
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(too_large, limit=limit, observed=int(declared))
+    declared = int(text) if (text := request.headers.get("content-length", "")).isdecimal() else 0
+    if declared > limit:
+        raise TooLarge(too_large, limit=limit, observed=declared)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise BadRequest("compressed bodies are not read: pictures are compressed already")
-    body = bytearray()
+    body, size = memoryview(b""), 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise CallerLeft
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise TooLarge(too_large, limit=limit, observed=len(body))
+                part = message.get("body", b"")
+                end = size + len(part)
+                if end > limit:
+                    raise TooLarge(too_large, limit=limit, observed=end)
+                if size == 0 and not message.get("more_body", False):
+                    return memoryview(part)
+                if end > len(body):
+                    body = _longer(body[:size], end, declared, buffers)
+                body[size:end] = part
+                size = end
                 if not message.get("more_body", False):
-                    return body
+                    return body[:size]
     except TimeoutError:
         raise BadRequest(f"the body did not arrive within {timeout_s:g} s") from None
 
 
-async def parse(headers: Headers, body: bytes | bytearray) -> tuple[wire.Parsed, str]:
+def _longer(begun: memoryview, least: int, declared: int, buffers: Buffers | None) -> memoryview:
+    """Room for `least` bytes that opens with what came so far. A declared length gets its memory as the bytes come, not before."""
+    ready = buffers.find(declared) if buffers is not None and declared >= least else None
+    if ready is None:
+        size = min(4 * least, declared) if declared >= least else 2 * least
+        ready = buffers.make(size) if buffers is not None and size == declared else memoryview(bytearray(size))
+    ready[: len(begun)] = begun
+    return ready
+
+
+async def parse(headers: Headers, body: wire.Body) -> tuple[wire.Parsed, str]:
     """The request and the media type that it came in."""
     kind = wire.media_type(headers.get("content-type"))
     if kind == wire.JSON:
@@ -84,27 +139,22 @@ async def parse(headers: Headers, body: bytes | bytearray) -> tuple[wire.Parsed,
     return wire.parse_form(parts), kind
 
 
-async def while_asked(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """`work`, which is cancelled when the caller leaves (CallerLeft)."""
+async def while_asked(request: Request, work: "asyncio.Future[T]") -> T:
+    """The result of `work`; CallerLeft as soon as the caller leaves. `work` itself is left alone."""
 
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    gone = asyncio.ensure_future(leave())
+    both: set[asyncio.Future[Any]] = {work, gone}
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
         raise CallerLeft
     finally:
-        for one in (task, gone):
-            if not one.done():
-                one.cancel()
-        if not task.done():
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()
+        gone.cancel()
 
 
 def problem_response(error: VerismError, reference: str | None = None) -> Response:

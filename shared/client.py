@@ -14,10 +14,11 @@ import asyncio
 import itertools
 import os
 import random
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -30,11 +31,11 @@ from numpy.typing import NDArray
 
 from shared import wire
 from shared.errors import ServiceUnreachable, VerismError
-from shared.image import encode
-from shared.schema import MAX_ITEMS, Encoding, Problem, RewardInfo, Score, ScoreAnswer, ScoreItem, ScoreRequest
+from shared.image import MAX_SIDE, encode
+from shared.schema import MAX_ITEMS, Encoding, ImageData, Problem, RewardInfo, Score, ScoreAnswer, ScoreItem, ScoreRequest
 
 T = TypeVar("T")
-LIMITS = np.array([MAX_ITEMS, 48 * 2**20, 60_000_000])  # items, bytes and pixels of one request: below what services take
+LIMITS = (MAX_ITEMS, 48 * 2**20, 60_000_000)  # items, bytes and pixels of one request: below what services take
 EJECT_SECONDS = 5.0
 
 
@@ -61,6 +62,7 @@ class ScoreTable:
 @dataclass
 class _Replica:
     url: str
+    endpoint: httpx.URL | None = None  # of its first request on
     in_flight: int = 0
     seconds: float | None = None  # of one picture, exponentially forgetting
     rest_until: float = 0.0
@@ -117,7 +119,10 @@ class RewardClient:
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=32)
         key = api_key or os.environ.get("VERISM_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(transport=transport, limits=limits, headers=headers, trust_env=False)
+        self._transport = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(transport=self._transport, headers=headers, trust_env=False)
+        self._headers = {**headers, "content-type": wire.MSGPACK, "accept": wire.MSGPACK}
+        self._timeout = httpx.Timeout(timeout_s, connect=min(5.0, timeout_s)).as_dict()
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -157,7 +162,10 @@ class RewardClient:
         groups: Sequence[str] | None = None,
         rewards: Sequence[str] | None = None,
     ) -> ScoreTable:
-        """Scores of B pictures (uint8, (H, W, 3)) by each reward. Never raises for a service's failure: the mask tells."""
+        """Scores of B pictures (uint8, (H, W, 3)) by each reward. Never raises for a service's failure: the mask tells.
+
+        Raw pixels are sent from the arrays themselves, which must not change until the answer is there.
+        """
         names = tuple(rewards if rewards is not None else self._replicas)
         unknown = [name for name in names if name not in self._replicas]
         if unknown:
@@ -165,7 +173,7 @@ class RewardClient:
         prompts = prompts if prompts is not None else [None] * len(images)
         groups = groups if groups is not None else [""] * len(images)
         items = [
-            ScoreItem(id=str(i), group=group or None, prompt=prompt, image=encode(image, self.encoding))
+            ScoreItem(id=str(i), group=group or None, prompt=prompt, image=_encoded(image, self.encoding))
             for i, (image, prompt, group) in enumerate(zip(images, prompts, groups, strict=True))
         ]
         chunks = _chunks(items)
@@ -278,15 +286,51 @@ class RewardClient:
         return min(replicas, key=lambda r: (r.rest_until > now, r.in_flight * (r.seconds or usual), random.random()))
 
     async def _post(self, replica: _Replica, request: ScoreRequest) -> ScoreAnswer:
-        answer = await self._http.post(
-            f"{replica.url}/score",
-            content=wire.pack_request(request),
-            headers={"content-type": wire.MSGPACK, "accept": wire.MSGPACK},
-            timeout=httpx.Timeout(self.timeout_s, connect=min(5.0, self.timeout_s)),
-        )
+        """Past httpx's client, whose redirects, cookies and merging of headers cost more than a picture, to its transport."""
+        body = _Body(wire.pack_chunks(request))
+        url = replica.endpoint = replica.endpoint or httpx.URL(f"{replica.url}/score")
+        headers = {"host": url.netloc.decode(), **self._headers, "content-length": str(body.size), **_trace()}
+        asked = httpx.Request("POST", url, headers=headers, stream=body, extensions={"timeout": self._timeout})
+        answer = await self._transport.handle_async_request(asked)
+        try:
+            content = await answer.aread()
+        finally:
+            await answer.aclose()
         if answer.status_code == 200:
-            return wire.parse_answer(answer.content, wire.MSGPACK)
+            return wire.parse_answer(content, wire.MSGPACK)
         raise RequestFailed(_problem(replica.url, answer))
+
+
+class _Body(httpx.AsyncByteStream):
+    """Chunks as they are; a second reading, of a request that is sent again, begins anew."""
+
+    def __init__(self, chunks: Sequence[bytes | memoryview]) -> None:
+        self._chunks, self.size = chunks, sum(map(len, chunks))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk  # type: ignore[misc]  # a memoryview is written as it is
+
+
+def _encoded(pixels: NDArray[np.uint8], encoding: Encoding) -> ImageData:
+    """As shared.image.encode, but raw pixels are the array's own memory wherever it is contiguous."""
+    usual = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and 0 not in pixels.shape
+    if encoding != "rgb8" or not usual or max(pixels.shape) > MAX_SIDE:
+        return encode(pixels, encoding)
+    height, width, _ = pixels.shape
+    data = np.ascontiguousarray(pixels).data.cast("B")
+    return ImageData.model_construct(encoding=encoding, height=height, width=width, data=data)
+
+
+def _trace() -> dict[str, str]:
+    """W3C `traceparent` of the span that is current here; nothing unless this process has set OpenTelemetry up."""
+    if "opentelemetry.trace" not in sys.modules:
+        return {}
+    from opentelemetry import propagate
+
+    headers: dict[str, str] = {}
+    propagate.inject(headers)
+    return headers
 
 
 def _check_url(reward: str, url: str) -> None:
@@ -320,18 +364,22 @@ def _chunks(items: Sequence[ScoreItem]) -> list[list[int]]:
     groups: dict[int | str, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(i if item.group is None else item.group, []).append(i)
-    costs = [np.array([1, len(item.image.data), item.image.height * item.image.width]) for item in items]
+    costs = [(1, len(item.image.data), item.image.height * item.image.width) for item in items]
     chunks: list[list[int]] = []
     load = LIMITS
     for group in groups.values():
-        apart = bool((load + sum(costs[i] for i in group) > LIMITS).any())
+        apart = not _fits(load, [costs[i] for i in group])
         for i in group:
-            if apart or (load + costs[i] > LIMITS).any():
+            if apart or not _fits(load, [costs[i]]):
                 chunks.append([])
-                load, apart = np.zeros_like(LIMITS), False
+                load, apart = (0, 0, 0), False
             chunks[-1].append(i)
-            load = load + costs[i]
+            load = (load[0] + costs[i][0], load[1] + costs[i][1], load[2] + costs[i][2])
     return chunks
+
+
+def _fits(load: tuple[int, int, int], more: Sequence[tuple[int, int, int]]) -> bool:
+    return all(sum(values) <= limit for values, limit in zip(zip(load, *more, strict=True), LIMITS, strict=True))
 
 
 class RewardClientSync:

@@ -7,7 +7,7 @@ the fields `prompt`, `rewards`, `request_id`, `priority`, `deadline_ms`.
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pybase64
@@ -15,9 +15,21 @@ from pydantic import ValidationError
 
 from shared.errors import BadImage, BadRequest, Invalid, UnsupportedMedia
 from shared.image import from_file
-from shared.schema import ImageData, Problem, ScoreAnswer, ScoreItem, ScoreRequest
+from shared.schema import (
+    MAX_ITEMS,
+    PROMPT_BYTES,
+    Encoding,
+    ImageData,
+    Priority,
+    Problem,
+    ScoreAnswer,
+    ScoreItem,
+    ScoreRequest,
+)
 
 JSON, MSGPACK, MULTIPART = "application/json", "application/msgpack", "multipart/form-data"
+Body = bytes | bytearray | memoryview
+OWN_CHUNK = 1 << 16  # pictures of fewer bytes travel in one chunk with what stands before them
 _PACK = msgspec.msgpack.Encoder()
 
 
@@ -73,7 +85,7 @@ def _decode_base64(image: Any, path: str) -> None:
             raise Invalid(f"{path}.data: not base64") from error
 
 
-def _refuse_pickle(body: bytes | bytearray) -> None:
+def _refuse_pickle(body: Body) -> None:
     if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
 
@@ -95,14 +107,87 @@ def parse_json(body: bytes) -> Parsed:
     return Parsed(_checked(raw), {})
 
 
-def parse_msgpack(body: bytes | bytearray) -> Parsed:
-    """BadRequest when it is no msgpack (a pickle is told so), Invalid when it is not a request."""
+def parse_msgpack(body: Body) -> Parsed:
+    """BadRequest when it is no msgpack (a pickle is told so), Invalid when it is not a request.
+
+    The `data` of raw pixels is a read-only memoryview into `body`, which must not change as long as the request lives.
+    """
     _refuse_pickle(body)
+    request = _quick(body)
+    if request is None:  # so that what is wrong is said in the schema's words
+        try:
+            raw = msgspec.msgpack.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            raise BadRequest("the body is not msgpack") from error
+        request = _checked(raw)
+    return Parsed(request, {})
+
+
+class _Image(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    encoding: Encoding
+    height: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+    data: memoryview
+
+
+_Name = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class _Item(msgspec.Struct, forbid_unknown_fields=True):
+    image: _Image
+    id: _Name | msgspec.UnsetType = msgspec.UNSET
+    group: _Name | None = None
+    prompt: str | None = None
+    references: list[_Image] = []
+    meta: dict[str, Any] = {}
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    items: Annotated[list[_Item], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    request_id: _Name | msgspec.UnsetType = msgspec.UNSET
+    rewards: list[str] | None = None
+    priority: Priority = "interactive"
+    deadline_ms: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    require_version: dict[str, int] | None = None
+
+
+_REQUEST = msgspec.msgpack.Decoder(_Request)
+
+
+def _quick(body: Body) -> ScoreRequest | None:
+    """The request without pydantic and without copies of raw pixels; None for whatever is not wholly as it should be."""
     try:
-        raw = msgspec.msgpack.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise BadRequest("the body is not msgpack") from error
-    return Parsed(_checked(raw), {})
+        raw = _REQUEST.decode(memoryview(body).toreadonly())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
+        return None
+    ids = [str(index) if item.id is msgspec.UNSET else item.id for index, item in enumerate(raw.items)]
+    prompts = {item.prompt for item in raw.items if item.prompt is not None}
+    if len(set(ids)) != len(ids) or any(len(prompt.encode()) > PROMPT_BYTES for prompt in prompts):
+        return None
+    return ScoreRequest.model_construct(
+        request_id=uuid.uuid4().hex if raw.request_id is msgspec.UNSET else raw.request_id,
+        rewards=raw.rewards,
+        priority=raw.priority,
+        deadline_ms=raw.deadline_ms,
+        require_version=raw.require_version,
+        items=[
+            ScoreItem.model_construct(
+                id=name,
+                group=item.group,
+                prompt=item.prompt,
+                image=_seen(item.image),
+                references=[_seen(reference) for reference in item.references],
+                meta=item.meta,
+            )
+            for name, item in zip(ids, raw.items, strict=True)
+        ],
+    )
+
+
+def _seen(image: _Image) -> ImageData:
+    """Files are small and go to decoders that want bytes; raw pixels stay where they are."""
+    data = image.data if image.encoding == "rgb8" else bytes(image.data)
+    return ImageData.model_construct(encoding=image.encoding, height=image.height, width=image.width, data=data)
 
 
 def parse_form(parts: Sequence[Part]) -> Parsed:
@@ -145,13 +230,37 @@ def parse_form(parts: Sequence[Part]) -> Parsed:
 
 
 def pack_request(request: ScoreRequest) -> bytes:
-    """A request as msgpack, without copying pixels through pydantic."""
-    return _PACK.encode(_plain(request))
+    """A request as msgpack."""
+    return b"".join(pack_chunks(request))
+
+
+def pack_chunks(request: ScoreRequest) -> list[bytes | memoryview]:
+    """What `pack_request` joins: large pictures are the buffers that the request holds, not copies."""
+    chunks: list[bytes | memoryview] = []
+    count = len(request.items)
+    small = bytearray(_open({**_plain(request), "items": None}))
+    small += bytes([0x90 | count]) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+    for item in request.items:
+        data = memoryview(item.image.data)
+        small += _open({**_item(item), "image": None}) + _open({**_image(item.image), "data": None})
+        small += b"\xc6" + data.nbytes.to_bytes(4, "big")
+        if data.nbytes < OWN_CHUNK:
+            small += data
+        else:
+            chunks += [bytes(small), data]
+            small.clear()
+    return [*chunks, bytes(small)] if small else chunks
+
+
+def _open(last_is_none: dict[str, Any]) -> bytes:
+    """A map in msgpack that ends before its last value."""
+    return _PACK.encode(last_is_none)[:-1]
 
 
 def json_request(request: ScoreRequest) -> bytes:
     """A request as JSON with base64 data."""
-    return msgspec.json.encode(_plain(request))
+    items = [{**_item(item), "image": _image(item.image)} for item in request.items]
+    return msgspec.json.encode({**_plain(request), "items": items})
 
 
 def _image(image: ImageData) -> dict[str, Any]:
@@ -159,24 +268,24 @@ def _image(image: ImageData) -> dict[str, Any]:
 
 
 def _item(item: ScoreItem) -> dict[str, Any]:
+    """Without its image."""
     return {
         "id": item.id,
         "group": item.group,
         "prompt": item.prompt,
-        "image": _image(item.image),
         "references": [_image(reference) for reference in item.references],
         "meta": item.meta,
     }
 
 
 def _plain(request: ScoreRequest) -> dict[str, Any]:
+    """Without its items."""
     return {
         "request_id": request.request_id,
         "rewards": request.rewards,
         "priority": request.priority,
         "deadline_ms": request.deadline_ms,
         "require_version": request.require_version,
-        "items": [_item(item) for item in request.items],
     }
 
 
