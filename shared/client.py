@@ -11,6 +11,7 @@ for some seconds. Rewards that live at the same URLs share a request.
 """
 
 import asyncio
+import importlib.util
 import itertools
 import os
 import random
@@ -33,6 +34,9 @@ from shared import wire
 from shared.errors import ServiceUnreachable, VerismError
 from shared.image import MAX_SIDE, encode
 from shared.schema import MAX_ITEMS, Encoding, ImageData, Problem, RewardInfo, Score, ScoreAnswer, ScoreItem, ScoreRequest
+
+if importlib.util.find_spec("sniffio") is None:  # httpcore looks for it four times a request; where it is not, that is said at once
+    sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
 
 T = TypeVar("T")
 LIMITS = (MAX_ITEMS, 48 * 2**20, 60_000_000)  # items, bytes and pixels of one request: below what services take
