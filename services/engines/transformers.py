@@ -1,0 +1,194 @@
+"""A vision-language model in this process: AutoProcessor and AutoModelForImageTextToText, in batches padded on the left."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from services.engines.base import Chat, Echo, Failure, First, Generated, Sampling, continued, too_long
+from services.engines.options import EngineOptions, digest, reserved
+
+A = TypeVar("A")
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersEngine:
+    """One forward pass at a time, whoever asks. Weights are safetensors; code from a repository is never run."""
+
+    def __init__(self, options: EngineOptions, device: str) -> None:
+        place, self.device = options.place(), torch.device(device)
+        self.name, self.weights_sha256, self.reserved = options.model or place.name, digest(place), reserved(place)
+        self.processor: Any = AutoProcessor.from_pretrained(place, **options.processor)
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
+        if self.tokenizer is None or not hasattr(self.processor, "image_processor"):
+            raise ValueError(f"{place} has no processor for pictures and text; is it a vision-language model?")
+        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
+            raise ValueError(f"{place} holds no chat template (chat_template.jinja); take that of the published model")
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model, told = AutoModelForImageTextToText.from_pretrained(
+            place, dtype=DTYPES[options.dtype], use_safetensors=True, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            missing = sorted(told["missing_keys"])
+            raise ValueError(f"{place} lacks {len(missing)} weights of its model, e.g. {missing[0]}; take the whole checkpoint")
+        self.model = self.model.eval().requires_grad_(False).to(self.device)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = min(c for c in (options.context, limit, 1 << 30) if c)
+        self._rows, self._lock = options.batch, RLock()
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        ends = self.model.generation_config.eos_token_id
+        self._ends = {int(e) for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """The model goes with its last user."""
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._lock:
+            return [list(self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+    @torch.inference_mode()
+    def first(self, chats: Sequence[Chat], spellings: Sequence[str]) -> list[First | Failure]:
+        ids = [ids[0] for ids in self.tokens(spellings)]
+
+        def read(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[First]:
+            logp_BV = self._logits(inputs, 1)[:, -1].float().log_softmax(-1)
+            return [First(dict(zip(spellings, row, strict=True))) for row in logp_BV[:, ids].double().cpu().tolist()]
+
+        return self._each(chats, read)
+
+    @torch.inference_mode()
+    def echo(self, chats: Sequence[Chat]) -> list[Echo | Failure]:
+        def read(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[Echo]:
+            counts = [self._length(chat) for chat in chats]
+            longest = max(counts)
+            logits_BTV = self._logits(inputs, longest + 1)[:, -longest - 1 : -1].float()
+            target_BT = inputs["input_ids"][:, -longest:]
+            logp_BT = logits_BTV.gather(-1, target_BT[..., None])[..., 0] - logits_BTV.logsumexp(-1)
+            rows = logp_BT.double().cpu().tolist()
+            return [Echo(tuple(row[longest - count :])) for row, count in zip(rows, counts, strict=True)]
+
+        return self._each(chats, read)
+
+    @torch.inference_mode()
+    def generate(self, chats: Sequence[Chat], sampling: Sampling) -> list[tuple[Generated, ...] | Failure]:
+        draws = sampling.n if sampling.temperature > 0 else 1
+
+        def read(seed: int) -> Callable[[Sequence[Chat], dict[str, Tensor]], list[Generated]]:
+            def one(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[Generated]:
+                noise = LogitsProcessorList([_Gumbel(sampling.temperature, seed)] if sampling.temperature > 0 else [])
+                settings = GenerationConfig(
+                    max_new_tokens=sampling.max_tokens,
+                    do_sample=False,
+                    eos_token_id=sorted(self._ends) or None,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+                out_BT = self.model.generate(**inputs, generation_config=settings, logits_processor=noise)
+                new_BT = out_BT[:, inputs["input_ids"].shape[1] :].cpu().tolist()
+                return [self._cut(row) for row in new_BT]
+
+            return one
+
+        columns = [self._each(chats, read(sampling.seed * 1000 + draw)) for draw in range(draws)]
+        out: list[tuple[Generated, ...] | Failure] = []
+        for row in zip(*columns, strict=True):
+            failure = next((one for one in row if isinstance(one, Failure)), None)
+            answers = tuple(one for one in row if not isinstance(one, Failure))
+            out.append(failure if failure is not None else answers * (sampling.n // draws))
+        return out
+
+    def _cut(self, ids: list[int]) -> Generated:
+        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        text = self.tokenizer.decode(ids[:end] if end is not None else ids, skip_special_tokens=True)
+        return Generated(text, end is not None)
+
+    def _logits(self, inputs: dict[str, Tensor], last: int) -> Tensor:
+        """(B, last or more, V): of the last positions, where the model can leave the others away."""
+        keeps = {"logits_to_keep": last} if self._keeps else {}
+        logits: Tensor = self.model(**inputs, use_cache=False, **keeps).logits
+        return logits
+
+    def _text(self, chat: Chat) -> str:
+        goes_on = chat.continuation is not None
+        text: str = self.processor.apply_chat_template(
+            chat.messages(lambda picture: {"type": "image"}),
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+        )
+        return text
+
+    def _length(self, chat: Chat) -> int:
+        """Tokens of the continuation: what the whole text has more than the text that only opens the answer."""
+        opened, whole = (
+            self.tokenizer(self._text(one), add_special_tokens=False).input_ids for one in (Chat(chat.parts, chat.system), chat)
+        )
+        return continued(opened, whole)
+
+    def _inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
+        images = [list(chat.images) for chat in chats]
+        made = self.processor(
+            text=[self._text(chat) for chat in chats],
+            images=[image for several in images for image in several] or None,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {k: v.to(self.device) for k, v in made.items() if isinstance(v, Tensor)}
+
+    def _each(self, chats: Sequence[Chat], read: Callable[[Sequence[Chat], dict[str, Tensor]], list[A]]) -> list[A | Failure]:
+        """`read` over batches; a chat that cannot be prepared, or is too long, is a failure of its own."""
+        out: dict[int, A | Failure] = {}
+        with self._lock:
+            waiting: list[list[int]] = [list(range(i, min(i + self._rows, len(chats)))) for i in range(0, len(chats), self._rows)]
+            while waiting:
+                rows = waiting.pop(0)
+                batch = [chats[i] for i in rows]
+                try:
+                    inputs = self._inputs(batch)
+                except (ValueError, IndexError, TypeError) as error:
+                    if len(rows) == 1:
+                        out[rows[0]] = Failure("question-refused", f"the model's processor refuses this item: {_brief(error)}")
+                    else:
+                        waiting += [[i] for i in rows]
+                    continue
+                lengths = inputs["attention_mask"].sum(1).tolist()
+                long = [i for i, length in zip(rows, lengths, strict=True) if length > self.context]
+                if long:
+                    out |= {i: too_long(n, self.context) for i, n in zip(rows, lengths, strict=True) if i in long}
+                    waiting += [rest] if (rest := [i for i in rows if i not in long]) else []
+                    continue
+                out |= dict(zip(rows, read(batch, {k: self._cast(v) for k, v in inputs.items()}), strict=True))
+        return [out[i] for i in range(len(chats))]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
+
+
+class _Gumbel(LogitsProcessor):  # type: ignore[misc]
+    """Greedy over logits / temperature plus Gumbel noise is a sample; the noise of a row does not depend on its neighbours."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature, self.generator = temperature, torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform_V = torch.rand(scores.shape[-1], generator=self.generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+        return scores / self.temperature - (-uniform_V.log()).log().to(scores)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
