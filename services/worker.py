@@ -30,6 +30,11 @@ class RewardWork:
         self.reward, self.info = reward, reward.info
         self._split = hasattr(reward, "prepare") and hasattr(reward, "forward")
 
+    @property
+    def ready(self) -> bool:
+        """False while what the reward needs beside this process (an engine) is not there; a reward may say so by a `ready` of its own."""
+        return bool(getattr(self.reward, "ready", True))
+
     def collate(self, questions: Sequence[Item]) -> tuple[int, Any]:
         items = list(questions)
         return len(items), self.reward.prepare(items) if self._split else items  # type: ignore[attr-defined]

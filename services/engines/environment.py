@@ -38,7 +38,7 @@ def make(folder: Path, gpu: bool) -> str:
     venv.EnvBuilder(symlinks=True, with_pip=True).create(folder)
     # The list for CPUs is whole: pip may not look further, or it brings a torchaudio and a torchcodec made for CUDA.
     alone = [] if gpu else ["--no-deps"]
-    pip = [python, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *alone, "-r", wanted]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *alone, "-r", str(wanted)]
     subprocess.run(pip, check=True)
     site = next((folder / "lib").glob("python*/site-packages"))
     shutil.copy(MEND, site / MEND.name)

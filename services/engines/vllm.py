@@ -310,7 +310,7 @@ def command(options: EngineOptions, folder: str, name: str, port: int, device: s
         arguments.append("--enforce-eager")
         environment["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles small functions even so, for minutes on a CPU
     if device.startswith("cpu"):
-        environment["VLLM_CPU_KVCACHE_SPACE"] = f"{own.memory or 1:g}"
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(own.cpu_cache_gib)
     elif own.memory is not None:
         arguments += ["--gpu-memory-utilization", f"{own.memory:g}"]
     return [*arguments, *own.extra], environment

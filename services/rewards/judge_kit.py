@@ -179,6 +179,11 @@ class Judge:
         """FileNotFoundError when something is missing; ValueError when options, template or model do not fit."""
         return cls(name, cls.options_class.model_validate(dict(options)), device)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the engine would answer now."""
+        return self.engine.ready
+
     def chat(self, item: Item) -> Chat:
         """The question about one item."""
         return self.question.chat(self._pictures(item), {"prompt": item.prompt or ""})
