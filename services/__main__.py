@@ -112,6 +112,9 @@ def score(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP or QOI files")
     parser.add_argument("--url", help="a running service, e.g. http://localhost:8000; without it rewards load here")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("VERISM_API_KEY"), help="for --url (default: the variable VERISM_API_KEY)"
+    )
     parser.add_argument("--prompt", help="what the pictures should show, for rewards that need it")
     parser.add_argument("--rewards", help="names separated by commas (default: the configuration's)")
     parser.add_argument("--config", default=DEFAULT, help=f"configuration to score with when there is no --url (default {DEFAULT})")
@@ -153,24 +156,31 @@ def _requests(items: list[ScoreItem], names: list[str] | None) -> list[ScoreRequ
 def _remote(arguments: argparse.Namespace, items: list[ScoreItem], names: list[str] | None) -> list[ItemAnswer]:
     import httpx
 
+    headers = {"content-type": wire.MSGPACK}
+    if arguments.api_key:
+        headers["authorization"] = f"Bearer {arguments.api_key}"
     answers: list[ItemAnswer] = []
     for request in _requests(items, names):
         try:
-            answer = httpx.post(
-                f"{arguments.url.rstrip('/')}/score",
-                content=wire.pack_request(request),
-                headers={"content-type": wire.MSGPACK},
-                timeout=120,
-                trust_env=False,
-            )
+            content, url = wire.pack_request(request), f"{arguments.url.rstrip('/')}/score"
+            answer = httpx.post(url, content=content, headers=headers, timeout=120, trust_env=False)
         except httpx.HTTPError as error:
             raise ValueError(
                 f"no service answers at {arguments.url}: start one with `verism-serve`, or leave --url away"
             ) from error
         if answer.status_code != 200:
-            raise ValueError(f"{arguments.url} refused: {answer.json().get('title', answer.status_code)}")
+            raise ValueError(f"{arguments.url} refused: {_why(answer.status_code, answer.content)}")
         answers += wire.parse_answer(answer.content, wire.MSGPACK).items
     return answers
+
+
+def _why(status: int, content: bytes) -> str:
+    """What a service, or a proxy before it, said; for a key that is missing or wrong, how to give one."""
+    try:
+        title = str(json.loads(content)["title"])
+    except (ValueError, KeyError, TypeError):
+        title = f"HTTP {status}"
+    return title + ("; give one by --api-key, or in the variable VERISM_API_KEY" if status in (401, 403) else "")
 
 
 def _local(arguments: argparse.Namespace, items: list[ScoreItem], names: list[str] | None) -> list[ItemAnswer]:
@@ -186,7 +196,8 @@ def _local(arguments: argparse.Namespace, items: list[ScoreItem], names: list[st
     kept = {n: r for n, r in config.rewards.items() if n in {*names, *parts}}
     _threads(config)
     with Console(stderr=True).status("loading " + ", ".join(kept)):
-        app = importlib.import_module("services.app").create_app(config.model_copy(update={"rewards": kept, "default": names}))
+        config = config.model_copy(update={"rewards": kept, "default": names, "keys": {}})
+        app = importlib.import_module("services.app").create_app(config, tuned=False)
     logging.getLogger("verism").setLevel(logging.WARNING)
 
     async def run() -> list[ItemAnswer]:

@@ -21,10 +21,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from services import logs, page, telemetry
-from services.auth import Keys
+from services.auth import Keys, scope_of
 from services.cache import Cache, key_of, pixels_digest
 from services.config import RewardConfig, ServiceConfig
-from services.http import PROBLEM, Buffers, Door, not_a_page, parse, read_body, while_asked
+from services.http import PROBLEM, REQUEST_BODY, Buffers, Door, not_a_page, parse, read_body, while_asked
 from services.metrics import Metrics
 from services.registry import resolve
 from services.reward import Item
@@ -104,17 +104,19 @@ def load_reward(name: str, options: Mapping[str, Any], use: str, device: str) ->
         raise ValueError(f"reward {name!r}: {error}") from error
 
 
-def load_rewards(config: ServiceConfig, metrics: Metrics, device: str) -> dict[str, Served]:
-    """Build every reward and warm it up."""
+def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bool) -> dict[str, Served]:
+    """Build every reward; `tuned`: warm it up, and find its largest batch and its threads."""
     served: dict[str, Served] = {}
     for name, options in config.rewards.items():
         reward = load_reward(name, options.options(), options.use, device)
         if hasattr(reward, "compose"):
             served[name] = Served(options, composition=reward)
         else:
-            served[name] = Served(options, lane=_lane(name, reward, options, metrics, device), cache=Cache(options.cache_items))
+            served[name] = Served(
+                options, lane=_lane(name, reward, options, metrics, device, tuned), cache=Cache(options.cache_items)
+            )
         metrics.version.labels(name).set(reward.info.version)
-    if device == "cpu" and config.threads is None:
+    if tuned and device == "cpu" and config.threads is None:
         lanes = [one.lane for one in served.values() if one.lane is not None]
         slowest = max(lanes, key=lambda lane: lane.time.seconds(8), default=None)
         if slowest is not None:
@@ -126,10 +128,10 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str) -> dict[s
     return served
 
 
-def _lane(name: str, reward: Any, options: RewardConfig, metrics: Metrics, device: str) -> Lane[Item, Score]:
+def _lane(name: str, reward: Any, options: RewardConfig, metrics: Metrics, device: str, tuned: bool) -> Lane[Item, Score]:
     work = RewardWork(reward)
-    cap, seen = options.batch_cap or 1, list[tuple[int, float]]()
-    if options.batch_cap is None:
+    cap, seen = options.batch_cap or options.batch_most, list[tuple[int, float]]()
+    if tuned and options.batch_cap is None:
         cap, seen = warm_up(work, options.batch_most, device)
         log.info("%s: batches of up to %d (%s)", name, cap, ", ".join(f"{n}: {1000 * s:.0f} ms" for n, s in seen))
     lane: Lane[Item, Score] = Lane(
@@ -151,12 +153,12 @@ class _Swapped(Exception):
     """The weights changed while a request was on its way: ask once more, with one version."""
 
 
-def create_app(config: ServiceConfig) -> FastAPI:
-    """Load the rewards and build the app; raises ValueError when a reward cannot be loaded."""
+def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
+    """Load the rewards and build the app; raises ValueError when a reward cannot be loaded. Not `tuned` for a few pictures, scored once."""
     telemetry.configure()
     _keep_memory()
     keys, metrics, device = Keys(config.keys), Metrics(), pick_device(config.device)
-    state = State(config, metrics, device, load_rewards(config, metrics, device))
+    state = State(config, metrics, device, load_rewards(config, metrics, device, tuned))
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
     buffers = Buffers(4 * config.max_body_bytes)
     admission = Admission(
@@ -346,7 +348,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     @app.post(
         "/score",
         response_model=ScoreAnswer,
-        openapi_extra=_REQUEST_BODY,
+        openapi_extra={"requestBody": REQUEST_BODY},
         responses={
             c: {"content": {PROBLEM: {"schema": Problem.model_json_schema()}}, "description": d} for c, d in _PROBLEMS.items()
         },
@@ -402,14 +404,10 @@ def create_app(config: ServiceConfig) -> FastAPI:
 
     @app.get("/metrics", summary="Prometheus", response_class=Response)
     async def show_metrics() -> Response:
-        for lane in state.lanes:
-            for why in ("cancelled", "expired"):
-                counter = metrics.dropped.labels(lane.name, why)
-                counter.inc(lane.counts[why] - counter._value.get())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(page.router(state))
-    app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
+    app.openapi = functools.partial(_openapi, app, bool(keys))  # type: ignore[method-assign]
     return app
 
 
@@ -449,8 +447,15 @@ def _used(info: RewardInfo) -> RewardUsed:
     return RewardUsed(version=info.version, weights_sha256=info.weights_sha256, preprocessing=info.preprocessing)
 
 
+KEY_SCHEMES = {  # services/auth.py takes either
+    "bearer": {"type": "http", "scheme": "bearer", "description": "a key of this service"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "the same, for who cannot send the other"},
+}
+
 _PROBLEMS: dict[int | str, str] = {
     400: "The body cannot be read",
+    401: "No key, or an unknown one",
+    403: "The key's scopes do not cover this",
     404: "Unknown reward",
     409: "Another version of the weights",
     413: "Body too large",
@@ -461,35 +466,20 @@ _PROBLEMS: dict[int | str, str] = {
     504: "Deadline exceeded",
 }
 
-_REQUEST_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            wire.MULTIPART: {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
-                        "prompt": {"type": "string", "description": "what the picture should show"},
-                        "rewards": {"type": "string", "description": "names, separated by commas"},
-                    },
-                }
-            },
-            wire.JSON: {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
-        },
-    }
-}
 
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with the request's own schema beside the answer's."""
+def _openapi(app: FastAPI, guarded: bool) -> dict[str, Any]:
+    """FastAPI's document with the request's own schema beside the answer's, and, where the service has keys, how to send one."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         request = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         parts = request.pop("$defs")
         request["required"], parts["ScoreItem"]["required"] = ["items"], ["image"]  # the ids are made up where they are missing
         document["components"]["schemas"].update({**parts, "ScoreRequest": request})
+        if guarded:
+            document["components"]["securitySchemes"] = KEY_SCHEMES
+            for path, methods in document["paths"].items():
+                for method, operation in methods.items():
+                    if scope_of(method.upper(), path) is not None:
+                        operation["security"] = [{name: []} for name in KEY_SCHEMES]
         app.openapi_schema = document
     return app.openapi_schema

@@ -26,6 +26,24 @@ from shared.schema import MAX_ITEMS, Problem
 T = TypeVar("T")
 log = logging.getLogger("verism.service")
 PROBLEM = "application/problem+json"
+REQUEST_BODY: dict[str, Any] = {  # OpenAPI of what `parse` reads
+    "required": True,
+    "content": {
+        wire.MULTIPART: {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                    "prompt": {"type": "string", "description": "what the picture should show"},
+                    "rewards": {"type": "string", "description": "names, separated by commas"},
+                },
+            }
+        },
+        wire.JSON: {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
+    },
+}
 CLOSED = 499  # what the log and the metrics say of a caller who left
 
 
@@ -79,7 +97,7 @@ async def read_body(request: Request, limit: int, timeout_s: float, buffers: Buf
         raise TooLarge(too_large, limit=limit, observed=declared)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise BadRequest("compressed bodies are not read: pictures are compressed already")
-    body, size = memoryview(b""), 0
+    body, size = memoryview(bytearray()), 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:

@@ -1,9 +1,11 @@
 """What /metrics shows; names begin with `verism_`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from services.reward import Item
 from services.scheduler import TURNS, Lane, Ran
@@ -11,6 +13,21 @@ from shared.schema import Score
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Dropped(Collector):
+    """Items that were dropped, as the lanes count them, read when somebody looks."""
+
+    def __init__(self) -> None:
+        self.lanes: list[Lane[Item, Score]] = []
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        what = "items that were dropped: cancelled, expired; wasted ones had run"
+        family = CounterMetricFamily("verism_dropped", what, labels=["reward", "why"])
+        for lane in self.lanes:
+            for why in ("cancelled", "expired", "wasted"):
+                family.add_metric([lane.name, why], lane.counts[why])
+        yield family
 
 
 class Metrics:
@@ -24,9 +41,8 @@ class Metrics:
         self.stage_seconds = Histogram(p + "stage_seconds", "stages of a request", ["stage"], buckets=SECONDS, registry=r)
         self.decode_seconds = Histogram(p + "decode_seconds", "decoding one picture", ["encoding"], buckets=SECONDS, registry=r)
         self.items = Counter(p + "items", "items by reward and outcome", ["reward", "outcome"], registry=r)
-        self.dropped = Counter(
-            p + "dropped", "items that were dropped: cancelled, expired; wasted ones had run", ["reward", "why"], registry=r
-        )
+        self.dropped = Dropped()
+        r.register(self.dropped)
         self.rejected = Counter(p + "rejected", "requests refused, by reason", ["reason"], registry=r)
         self.joined = Counter(p + "joined", "requests that joined one of the same id and body", registry=r)
         self.queue = Gauge(p + "queue_images", "pictures waiting", ["reward", "class"], registry=r)
@@ -47,6 +63,7 @@ class Metrics:
     def watch(self, lane: Lane[Item, Score]) -> None:
         """Gauges that read the lane when somebody looks."""
         name = lane.name
+        self.dropped.lanes.append(lane)
         for kind in dict.fromkeys(TURNS):
             self.queue.labels(name, kind).set_function(lambda kind=kind: max(0, lane.waiting[kind]))  # type: ignore[misc]
         self.queue_seconds.labels(name).set_function(lane.estimate)
@@ -59,8 +76,6 @@ class Metrics:
         self.batch_seconds.labels(name).observe(batch.seconds)
         self.bisected.labels(name).inc(batch.bisected)
         self.oom.labels(name).inc(batch.out_of_memory)
-        if batch.wasted:
-            self.dropped.labels(name, "wasted").inc(batch.wasted)
 
     def scored(self, name: str, scores: Sequence[Score]) -> None:
         """Every score that leaves."""

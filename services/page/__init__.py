@@ -15,7 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from services import logs, telemetry
-from services.http import parse, read_body
+from services.http import REQUEST_BODY, parse, read_body
 from shared import wire
 from shared.errors import BadImage, Busy, Invalid, NotReady, UnknownReward, VerismError
 from shared.image import decode
@@ -82,7 +82,7 @@ def router(state: "State") -> APIRouter:
     async def maps() -> dict[str, Any]:
         return {"rewards": with_map()}
 
-    @routes.post("/v1/map", summary="Which patches of a picture look generated", openapi_extra=_MAP_BODY)
+    @routes.post("/v1/map", summary="Which patches of a picture look generated", openapi_extra=_MAP)
     async def draw(request: Request) -> dict[str, Any]:
         nonlocal drawing
         known = with_map()
@@ -129,20 +129,9 @@ async def _map(state: "State", name: str, parsed: wire.Parsed) -> dict[str, Any]
     return {"reward": name, "version": served.info.version, "height": height, "width": width, "rows": rows}
 
 
-_MAP_BODY: dict[str, Any] = {
+_MAP: dict[str, Any] = {
     "parameters": [
         {"name": "reward", "in": "query", "schema": {"type": "string"}, "description": "default: the first that has a map"}
     ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            wire.MULTIPART: {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {"image": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    },
+    "requestBody": {"description": "one picture", **REQUEST_BODY},
 }

@@ -8,8 +8,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -22,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.process import free_port, start, wait
 from shared import wire
 from shared.client import RewardClient, RewardClientSync
 from shared.image import encode
@@ -30,12 +29,6 @@ from shared.schema import ImageData, ScoreItem, ScoreRequest
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 ADMIN = "an admin key of a test"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Service:
@@ -48,17 +41,12 @@ class Service:
         file = folder / f"{self.port}.yaml"
         file.write_text(json.dumps(config))
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / f"{self.port}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ADMIN": ADMIN}
-        command = [sys.executable, "-m", "services", str(file), "--port", str(self.port)]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-        end = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/readyz", timeout=30).status_code == 200:
-                    return
-            time.sleep(0.1)
+            self.process = start(file, self.port, stderr=log, variables={"ADMIN": ADMIN})
+        try:
+            wait(self.url, self.process)
+        except RuntimeError as error:
+            raise AssertionError(self.log.read_text()) from error
 
     def metric(self, name: str, **labels: str) -> float:
         found = 0.0

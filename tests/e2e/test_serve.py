@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,35 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.process import free_port, start, wait
 from shared.client import RewardClientSync
 from world import photographs
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start(config: str, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "services", config, "--port", str(port)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end:
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        try:
-            if httpx.get(f"{url}/readyz", timeout=60).status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.2)
-    raise AssertionError("the service did not become ready")
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +140,29 @@ def test_verism_score_with_and_without_a_server(url: str, tmp_path: Path) -> Non
         check=False,
     )
     assert down.returncode == 2 and b"no service answers" in down.stderr
+
+
+def test_verism_score_sends_its_key(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(png(photographs.load("test")[0][0]))
+    config, port, key = tmp_path / "c.yaml", free_port(), "the key of somebody"
+    keys = {"somebody": {"env": "KEY_OF_SOMEBODY"}, "grafana": {"env": "KEY_OF_GRAFANA", "scopes": ["read"]}}
+    config.write_text(json.dumps({"rewards": {"jpeg_size": {"use": "jpeg_size"}}, "keys": keys}))
+    process = start(config, port, variables={"KEY_OF_SOMEBODY": key, "KEY_OF_GRAFANA": "the key of grafana"})
+    command = [sys.executable, "-c", "import sys; from services.__main__ import score; sys.exit(score())"]
+    command += [str(tmp_path / "photo.png"), "--json", "--url", f"http://127.0.0.1:{port}"]
+
+    def run(*more: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+        environment = {k: v for k, v in ENVIRONMENT.items() if k != "VERISM_API_KEY"} | variables
+        return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
+
+    try:
+        wait(f"http://127.0.0.1:{port}", process)
+        for done in (run(), run("--api-key", "a wrong one"), run(VERISM_API_KEY="the key of grafana")):
+            said = b" ".join(done.stderr.split())
+            assert done.returncode == 2 and b"--api-key" in said and b"VERISM_API_KEY" in said and b"Traceback" not in said
+        for done in (run("--api-key", key), run(VERISM_API_KEY=key)):
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["items"][0]["scores"]["jpeg_size"]["status"] == "ok"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)

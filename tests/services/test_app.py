@@ -144,6 +144,62 @@ def test_health_metrics_and_documents(client: TestClient) -> None:
     assert client.get("/").json()["rewards"] == ["moody", "other", "realism"]
 
 
+def test_pictures_of_a_training_step_are_not_looked_up_and_others_are(client: TestClient) -> None:
+    def cached(priority: str) -> list[bool]:
+        image = {"encoding": "rgb8", "height": 16, "width": 16, "data": base64.b64encode(bytes([77]) * 768).decode()}
+        body = {"rewards": ["moody"], "priority": priority, "items": [{"image": image}]}
+        answers = [client.post("/score", json=body).json() for _ in range(2)]
+        assert all(a["items"][0]["scores"]["moody"]["value"] == pytest.approx(77 / 255) for a in answers)
+        return [a["items"][0]["scores"]["moody"]["cached"] for a in answers]
+
+    assert cached("train") == [False, False]
+    assert cached("interactive") == [False, True]
+    assert cached("bulk") == [True, True]
+
+
+def test_an_app_for_one_use_is_not_warmed_up() -> None:
+    config = ServiceConfig.model_validate({"device": "cpu", "rewards": {"moody": {"use": f"{__name__}:Moody", "batch_most": 3}}})
+    app = create_app(config, tuned=False)
+    (lane,) = app.state.verism.lanes
+    assert lane.work.reward.batches == [] and lane.cap == 3
+    with TestClient(app) as test:
+        assert ask(test, [1, 2, 3, 4]).status_code == 200
+    assert sum(lane.work.reward.batches) == 4 and max(lane.work.reward.batches) <= 3
+
+
+def test_what_was_dropped_is_in_the_metrics() -> None:
+    config = ServiceConfig.model_validate({"device": "cpu", "rewards": {"moody": {"use": f"{__name__}:Moody", "batch_cap": 4}}})
+    with TestClient(app := create_app(config)) as test:
+        app.state.verism.lanes[0].counts.update(expired=3, cancelled=2)
+        for _ in range(2):
+            lines = test.get("/metrics").text.splitlines()
+    dropped = {line for line in lines if line.startswith("verism_dropped_total")}
+    assert dropped == {
+        f'verism_dropped_total{{reward="moody",why="{w}"}} {n}.0' for w, n in (("cancelled", 2), ("expired", 3), ("wasted", 0))
+    }
+
+
+def test_the_document_says_how_a_key_is_sent_where_there_are_keys(client: TestClient) -> None:
+    open_to_all = client.get("/openapi.json").json()
+    assert "securitySchemes" not in open_to_all["components"] and "security" not in open_to_all["paths"]["/score"]["post"]
+    keys = {"trainer": {"sha256": "0" * 64}}
+    config = {"device": "cpu", "rewards": {"moody": {"use": f"{__name__}:Moody", "batch_cap": 4}}, "keys": keys}
+    with TestClient(create_app(ServiceConfig.model_validate(config))) as test:
+        document = test.get("/openapi.json").json()
+        schemes = document["components"]["securitySchemes"]
+        assert (schemes["bearer"]["type"], schemes["bearer"]["scheme"], schemes["header"]["name"]) == (
+            "http",
+            "bearer",
+            "x-api-key",
+        )
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                code = test.request(method, path).status_code
+                assert (code == 401) == ("security" in operation), f"{method} {path} answers {code}"
+        bodies = [document["paths"][path]["post"]["requestBody"]["content"] for path in ("/score", "/v1/map")]
+        assert bodies[0] == bodies[1]
+
+
 def test_configurations_name_what_is_wrong(tmp_path: Any) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps({"prot": 8000, "rewards": {"a": {"use": "jpeg_size"}}}))
