@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 from services import logs, telemetry
 from services.app import create_app
 from services.config import ServiceConfig
+from shared.client import RewardClientSync
 from shared.image import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +117,18 @@ def test_spans_continue_the_callers_trace(spans: InMemorySpanExporter) -> None:
     assert None not in times and times == pytest.approx(sorted(filter(None, times)), abs=1e6)
     assert queue.end_time == pytest.approx(forward.start_time, abs=1e6)
     assert not any("secret" in str(span.attributes) for span in found.values())
+
+
+def test_a_trace_goes_from_the_client_through_the_service(spans: InMemorySpanExporter) -> None:
+    transport = httpx.ASGITransport(create_app(ServiceConfig.model_validate(CONFIG)))
+    with RewardClientSync({"jpeg_size": "http://service"}, transport=transport) as client:
+        with telemetry.span("a step of training") as step:
+            future = client.submit([np.full((32, 32, 3), 90, np.uint8)] * 2)
+        assert future.result(30).mask_RB.all()
+    found = by_name(spans)
+    assert found["POST /score"].parent is not None and found["POST /score"].parent.span_id == step.get_span_context().span_id
+    assert {"decode", "queue", "forward"} <= set(found)
+    assert {span.context.trace_id for span in found.values() if span.context} == {step.get_span_context().trace_id}
 
 
 def test_a_caller_that_says_not_to_sample_is_heard(spans: InMemorySpanExporter) -> None:

@@ -1,8 +1,11 @@
 """The client against services that are slow, full, gone, wrong or several; every answer is made by a transport in the test."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -19,6 +22,7 @@ from shared.image import encode
 from shared.schema import ImageData, ItemAnswer, RewardInfo, RewardUsed, Score, ScoreAnswer, ScoreItem, ScoreRequest
 
 Handler = Callable[[httpx.Request], httpx.Response] | Callable[[httpx.Request], Awaitable[httpx.Response]]
+ROOT = Path(__file__).resolve().parents[2]
 URL = {"mean": "http://one:8001"}
 
 
@@ -332,3 +336,44 @@ def test_rewards_of_one_service_share_a_request_and_the_key_goes_along() -> None
     assert table.values_RB.tolist() == [[3.0] * 3, [1.0] * 3, [2.0] * 3]
     assert sorted(str(r.url.host) for r in seen) == ["one", "two"]
     assert all(r.headers["authorization"] == "Bearer secret" for r in seen)
+
+
+def test_pictures_are_sent_from_the_arrays_and_again_when_asked_again() -> None:
+    images = [np.random.default_rng(i).integers(0, 256, (200, 150, 3), dtype=np.uint8) for i in range(3)]
+    images.append(np.asfortranarray(images[0]))
+    streams: list[list[bytes | memoryview]] = []
+
+    async def twice(request: httpx.Request) -> httpx.Response:
+        chunks = [chunk async for chunk in request.stream]  # type: ignore[union-attr]
+        streams.append(list(chunks))
+        assert int(request.headers["content-length"]) == sum(map(len, chunks)) and "transfer-encoding" not in request.headers
+        request = httpx.Request("POST", request.url, content=b"".join(chunks))
+        return answer(request) if len(streams) == 2 else httpx.Response(503, text="starting")
+
+    class Raw(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return await twice(request)
+
+    with RewardClientSync(dict(URL), transport=Raw()) as client:
+        table = client.score(images)
+    assert table.values_RB[0].tolist() == [image[0, 0, 0] / 255 for image in images]
+    large = [np.frombuffer(chunk, np.uint8) for chunk in streams[1] if len(chunk) > 1000]
+    assert [np.shares_memory(chunk, image) for chunk, image in zip(large, images, strict=True)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 3), (16, 16), (16, 16, 4)])
+def test_what_is_no_picture_is_refused_before_it_is_sent(shape: tuple[int, ...]) -> None:
+    with RewardClientSync(URL, transport=httpx.MockTransport(answer)) as client, pytest.raises(ValueError):
+        client.score([np.zeros(shape, np.uint8)])
+
+
+def test_no_trace_is_named_where_nobody_set_tracing_up() -> None:
+    code = (
+        "import httpx, sys, numpy as np; from shared.client import RewardClientSync; seen = []\n"
+        "def note(request): seen.append('traceparent' in request.headers); return httpx.Response(500)\n"
+        "with RewardClientSync({'a': 'http://a'}, timeout_s=0.2, transport=httpx.MockTransport(note)) as client:\n"
+        "    client.score([np.zeros((16, 16, 3), np.uint8)])\n"
+        "print(seen[0], [name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False []"

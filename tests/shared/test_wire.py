@@ -174,3 +174,59 @@ def test_a_score_is_finite_or_an_error() -> None:
     with pytest.raises(ValueError, match="exactly when"):
         Score(status="error", value=0.0)
     assert ImageData(encoding="rgb8", height=1, width=1, data=b"abc").data == b"abc"
+
+
+def test_raw_pixels_are_seen_where_they_lie() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (160, 150, 3), dtype=np.uint8)
+    image = ImageData.model_construct(encoding="rgb8", height=160, width=150, data=pixels.data.cast("B"))
+    small = ScoreItem(id="b", image=encode(pixels[:16, :16], "rgb8"))
+    asked = ScoreRequest.model_construct(
+        request_id="r",
+        rewards=None,
+        priority="train",
+        deadline_ms=None,
+        require_version=None,
+        items=[ScoreItem(id="a", image=image), small],
+    )
+    chunks = wire.pack_chunks(asked)
+    assert [len(chunk) >= wire.OWN_CHUNK for chunk in chunks] == [False, True, False]
+    assert np.shares_memory(np.frombuffer(chunks[1], np.uint8), pixels)
+    body = bytearray(b"".join(chunks))
+    assert bytes(body) == wire.pack_request(asked)
+    request = wire.parse_msgpack(body).request
+    seen = np.frombuffer(request.items[0].image.data, np.uint8)
+    assert np.shares_memory(seen, np.frombuffer(body, np.uint8)) and not seen.flags.writeable
+    assert np.array_equal(seen.reshape(pixels.shape), pixels) and request.items[1] == small
+
+
+changes = st.dictionaries(
+    st.sampled_from(["request_id", "rewards", "priority", "deadline_ms", "require_version", "items", "extra"]),
+    st.sampled_from([None, "", "a", "bulk", 0, 7, -1, 1.0, 2.5, True, "12", b"b", [], ["a"], [1], {"a": 1}, {"a": "1"}, "x" * 300]),
+    max_size=2,
+)
+inside = st.dictionaries(
+    st.sampled_from(["id", "group", "prompt", "references", "meta", "image", "extra", "encoding", "height", "width", "data"]),
+    st.sampled_from(
+        [None, "", "0", "png", "gif", 0, 16, 70_000, 16.0, True, "16", b"b", "text", [], {}, {"a": [1, b"x"]}, "\u00e9" * 5000]
+    ),
+    max_size=2,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes, st.lists(inside, min_size=1, max_size=3))
+def test_the_quick_way_says_what_the_schema_says(change: dict[str, Any], items: list[dict[str, Any]]) -> None:
+    """Whatever it takes, pydantic takes, as the same request; and it takes every request without oddities."""
+    raw: dict[str, Any] = {"request_id": "r", "items": []}
+    for number, one in enumerate(items):
+        image: dict[str, Any] = {"encoding": "rgb8", "height": 16, "width": 16, "data": b"abc"}
+        item: dict[str, Any] = {"id": str(number), "image": image}
+        for name, value in one.items():
+            (image if name in ("encoding", "height", "width", "data") else item)[name] = value
+        raw["items"].append(item)
+    body = msgspec.msgpack.encode({**raw, **change})
+    quick = wire._quick(body)
+    if quick is not None:
+        assert quick == wire._checked(msgspec.msgpack.decode(body))
+    elif not change and not any(items):
+        raise AssertionError("a plain request goes the long way")
