@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-serving soak world images lock setup clean
+.PHONY: help demo test check serve bench bench-serving soak world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -40,6 +40,9 @@ soak: setup ## ten minutes of load, faults and new weights on a service; ARGS="-
 
 world: setup ## make the small world's weights anew
 	@$(BIN)/python -m world.make $(ARGS)
+
+vllm: setup ## an environment of vLLM's own, .venv-vllm: for a GPU where there is one, else for the CPU
+	@$(BIN)/python -m services.engines.environment
 
 images: ## build both container images and try them, with or without a Docker engine
 	@scripts/images.sh

@@ -115,7 +115,7 @@ class TransformersEngine:
     def _cut(self, ids: list[int]) -> Generated:
         end = next((i for i, token in enumerate(ids) if token in self._ends), None)
         text = self.tokenizer.decode(ids[:end] if end is not None else ids, skip_special_tokens=True)
-        return Generated(text, end is not None)
+        return Generated(text.rstrip("\ufffd"), end is not None)  # bytes of a letter that was cut
 
     def _logits(self, inputs: dict[str, Tensor], last: int) -> Tensor:
         """(B, last or more, V): of the last positions, where the model can leave the others away."""

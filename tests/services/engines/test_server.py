@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -123,3 +124,25 @@ def test_one_that_breaks_later_is_tried_again_more_and_more_seldom(
     )
     (tmp_path / "broken").unlink()
     until(lambda: server.ready)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_a_server_does_not_outlive_who_started_it(tmp_path: Path, free_port: int, root: Path) -> None:
+    (tmp_path / "serve.py").write_text(SCRIPT)
+    code = f"""
+import pathlib, sys, time
+from services.engines.server import Server
+here = pathlib.Path({str(tmp_path)!r})
+arguments = [str(here / "serve.py"), "{free_port}", str(here)]
+server = Server(pathlib.Path(sys.executable), arguments, "http://127.0.0.1:{free_port}", {{}}, here / "log.txt", 20.0)
+server.start()
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert lives(pid)
+        owner.kill()
+    until(lambda: not lives(pid), 5)
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
