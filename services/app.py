@@ -344,6 +344,7 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
             if flight.waiters == 0 and not flight.task.done():
                 land(flight)  # nobody may join what is being cancelled
                 flight.task.cancel()
+            del flight  # as in while_asked
 
     @app.post(
         "/score",

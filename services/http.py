@@ -173,6 +173,7 @@ async def while_asked(request: Request, work: "asyncio.Future[T]") -> T:
         raise CallerLeft
     finally:
         gone.cancel()
+        del work, both  # an error's traceback holds this frame: holding the task that holds the error, it would never be free
 
 
 def problem_response(error: VerismError, reference: str | None = None) -> Response:

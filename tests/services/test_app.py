@@ -1,6 +1,7 @@
 """The app with rewards that misbehave: clear errors, per item where it can be, never an invented number."""
 
 import base64
+import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from services.app import create_app
+from services.app import _Flight, create_app
 from services.config import ServiceConfig, load
 from services.reward import Item
 from shared.image import encode
-from shared.schema import RewardInfo, Score
+from shared.schema import RewardInfo, Score, ScoreRequest
 
 
 class Moody:
@@ -177,6 +178,21 @@ def test_what_was_dropped_is_in_the_metrics() -> None:
     assert dropped == {
         f'verism_dropped_total{{reward="moody",why="{w}"}} {n}.0' for w, n in (("cancelled", 2), ("expired", 3), ("wasted", 0))
     }
+
+
+def test_a_refused_request_leaves_nothing_behind() -> None:
+    """Its body is free again at once: an exception that holds the frames which hold it would wait for the garbage collector."""
+    config = ServiceConfig.model_validate({"device": "cpu", "rewards": {"moody": {"use": f"{__name__}:Moody", "batch_cap": 4}}})
+    with TestClient(app := create_app(config)) as test:
+        app.state.verism.lanes[0]._draining = True
+        gc.collect()
+        gc.disable()
+        try:
+            assert [ask(test, [1]).status_code for _ in range(3)] == [503] * 3
+            left = [one for one in gc.get_objects() if isinstance(one, ScoreRequest | _Flight)]
+        finally:
+            gc.enable()
+    assert left == []
 
 
 def test_the_document_says_how_a_key_is_sent_where_there_are_keys(client: TestClient) -> None:

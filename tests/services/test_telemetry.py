@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.util._once import Once
 from starlette.testclient import TestClient
 
+from bench.process import start, wait
 from services import logs, telemetry
 from services.app import create_app
 from services.config import ServiceConfig
@@ -193,25 +194,15 @@ def test_a_collector_gets_them_before_the_service_leaves(free_port: int) -> None
     collector = Collector(("127.0.0.1", 0), Take)
     collector.received = []
     threading.Thread(target=collector.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ,
+    variables = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
         "OTEL_BSP_SCHEDULE_DELAY": "600000",  # nothing leaves by itself within the test
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "services", "examples/serve/minimal.yaml", "--port", str(free_port)]
     url = f"http://127.0.0.1:{free_port}"
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with start("examples/serve/minimal.yaml", free_port, subprocess.DEVNULL, variables) as process:
         try:
-            end = time.monotonic() + 150
-            while time.monotonic() < end and process.poll() is None:
-                try:
-                    httpx.get(f"{url}/livez", timeout=10, trust_env=False).raise_for_status()
-                    break
-                except httpx.HTTPError:
-                    time.sleep(0.1)
+            wait(url, process, 150)
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
             answer = httpx.post(f"{url}/score", files={"image": PICTURE}, headers=headers, timeout=30, trust_env=False)
             assert answer.status_code == 200
