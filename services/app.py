@@ -391,9 +391,13 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
         if state.draining:
             raise NotReady("this service is shutting down")
         async with state.ready_lock:
-            if time.monotonic() - state.ready_at > READY_SECONDS or any(lane.lost for lane in state.lanes):
+            if time.monotonic() - state.ready_at > READY_SECONDS or any(
+                lane.lost or not getattr(lane.work, "ready", True) for lane in state.lanes
+            ):
                 probe = Item(np.full((64, 64, 3), 127, np.uint8), 'a photo of a sign that says "a"')
                 for lane in state.lanes:
+                    if not getattr(lane.work, "ready", True):
+                        raise NotReady(f"{lane.name} waits for its engine; ask again in a minute")
                     try:
                         result = (await lane.ask([probe], "interactive", time.monotonic() + 60)).answers[0]
                     except DeadlineExceeded:

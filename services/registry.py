@@ -18,6 +18,8 @@ REWARDS: dict[str, str] = {
     "hpsv3": "services.rewards.hpsv3:HpsV3",
     "image_reward": "services.rewards.image_reward:ImageReward",
     "aesthetic": "services.rewards.aesthetic:Aesthetic",
+    "forensic_chat": "services.rewards.forensic_chat:ForensicChat",
+    "prompt_echo": "services.rewards.prompt_echo:PromptEcho",
 }
 
 

@@ -28,7 +28,9 @@ class AlignmentOptions(PromptOptions):
     """Options in the service's configuration; ModelOptions describes them."""
 
     against: Path | None = Field(default=None, description="text file of other prompts, one a line: gives `parts.margin`")
-    temperature: float = Field(default=1.0, gt=0, le=100, description="divides the logits of `parts.margin`: above 1, a clear case counts on")
+    temperature: float = Field(
+        default=1.0, gt=0, le=100, description="divides the logits of `parts.margin`: above 1, a clear case counts on"
+    )
 
 
 class Alignment(Cosine):

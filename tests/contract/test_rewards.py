@@ -11,6 +11,7 @@ from services.config import ROOT
 from services.registry import REWARDS, resolve
 from services.reward import Item, Reward
 from shared.schema import Score
+from tests import tiny_judge
 from tests.services.rewards_clip import tiny as tiny_clip
 from tests.services.rewards_detectors import tiny as tiny_detectors
 
@@ -25,6 +26,8 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "hpsv3": tiny_clip.Tiny("hpsv3"),
     "image_reward": tiny_clip.Tiny("image_reward"),
     "aesthetic": tiny_clip.Tiny("aesthetic"),
+    "forensic_chat": tiny_judge.Options(),
+    "prompt_echo": tiny_judge.Options(),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 

@@ -3,6 +3,7 @@
 Started once for all tests here, as a supervised child; that takes about a minute. `make vllm` builds the environment that it needs.
 """
 
+import asyncio
 import os
 import signal
 import threading
@@ -10,10 +11,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from services.app import create_app
+from services.config import ServiceConfig
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Generated, Sampling, open_engine
 from services.engines import vllm as module
 from services.engines.options import ROOT, VllmOptions
@@ -177,6 +181,25 @@ def test_rewards_score_as_on_transformers(engine: VllmEngine) -> None:
         near = cls.load("near", {"folder": tiny_judge.made(), "dtype": "float32", "floor": 0}, "cpu")
         a, b = [score.value for score in there.score(items)], [score.value for score in near.score(items)]
         assert None not in a and a == pytest.approx(b, abs=BAND)
+
+
+def test_readiness_of_a_service_is_that_of_its_engine(engine: VllmEngine) -> None:
+    rewards = {"forensic": {"use": "forensic_chat", **served(), "floor": 0, "batch_cap": 8}}
+    app = create_app(ServiceConfig.model_validate({"rewards": rewards, "device": "cpu", "threads": 1}))
+
+    async def ask() -> tuple[list[int], str]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            first = await client.get("/readyz")
+            server = engine.server
+            assert server is not None
+            server._ready.clear()  # as the supervisor does when the process ends
+            gone = await client.get("/readyz")
+            server._ready.set()
+            again = await client.get("/readyz")
+            return [one.status_code for one in (first, gone, again)], gone.json()["title"]
+
+    codes, title = asyncio.run(ask())
+    assert codes == [200, 503, 200] and "waits for its engine" in title
 
 
 def test_killed_in_mid_batch_it_says_so_and_comes_back(engine: VllmEngine) -> None:
