@@ -63,7 +63,7 @@ class Served:
         return () if self.composition is None else tuple(self.composition.parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Flight:
     """A request that is being answered, and how many wait for it. `key` is its kind and id."""
 
@@ -84,7 +84,7 @@ class State:
     draining: bool = False
     ready_at: float = float("-inf")
     ready_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    flights: dict[tuple[str, str], _Flight] = field(default_factory=dict)
+    flights: dict[tuple[str, str], list[_Flight]] = field(default_factory=dict)
 
     @property
     def lanes(self) -> list[Lane[Item, Score]]:
@@ -316,21 +316,24 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
         )
 
     def land(flight: _Flight) -> None:
-        if state.flights.get(flight.key) is flight:
-            del state.flights[flight.key]
+        same_id = state.flights.get(flight.key, [])
+        if flight in same_id:
+            same_id.remove(flight)
+        if not same_id:
+            state.flights.pop(flight.key, None)
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # nobody may be left to hear of it
 
     def board(parsed: wire.Parsed, names: list[str], kind: str, body: memoryview, started: float) -> _Flight:
         """What answers this request: its own task, or that of the same request (same id, same body) that is being answered."""
         key = (kind, parsed.request.request_id)
-        first = state.flights.get(key)
-        if first is not None and np.array_equal(first.body, body):
-            metrics.joined.inc()
-            return first
+        same_id = state.flights.setdefault(key, [])
+        for flight in same_id:
+            if np.array_equal(flight.body, body):
+                metrics.joined.inc()
+                return flight
         flight = _Flight(key, body, asyncio.ensure_future(answer(parsed, names, kind, len(body), started)))
-        if first is None:  # another body of the same id keeps its place
-            state.flights[key] = flight
+        same_id.append(flight)
         flight.task.add_done_callback(lambda _: land(flight))
         return flight
 

@@ -18,12 +18,14 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Dropped(Collector):
     """Items that were dropped, as the lanes count them, read when somebody looks."""
 
+    _labelnames = ("reward", "why")  # under the name that prometheus_client's own metrics have
+
     def __init__(self) -> None:
         self.lanes: list[Lane[Item, Score]] = []
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         what = "items that were dropped: cancelled, expired; wasted ones had run"
-        family = CounterMetricFamily("verism_dropped", what, labels=["reward", "why"])
+        family = CounterMetricFamily("verism_dropped", what, labels=self._labelnames)
         for lane in self.lanes:
             for why in ("cancelled", "expired", "wasted"):
                 family.add_metric([lane.name, why], lane.counts[why])

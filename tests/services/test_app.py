@@ -207,7 +207,9 @@ def test_requests_of_one_id_join_the_one_with_their_body() -> None:
 
     answers = [answer.json()["items"][0]["scores"]["moody"]["value"] for answer in asyncio.run(all_at_once())]
     assert answers == pytest.approx([v / 255 for v in (50, 60, 50, 60, 60)])
-    assert sum(lane.work.reward.batches[-2:]) == 2 and app.state.verism.metrics.joined._value.get() == 3
+    assert (
+        sum(lane.work.reward.batches[-2:]) == 2 and app.state.verism.metrics.registry.get_sample_value("verism_joined_total") == 3
+    )
     assert not app.state.verism.flights
 
 
