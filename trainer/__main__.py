@@ -130,11 +130,12 @@ def _train(args: argparse.Namespace, console: Console) -> int:
 
 
 def _estimate(run: Any) -> str:
-    """Cost of the whole run, from one timed group: sampled steps, and about three times as much per trained one."""
+    """Cost of the whole run, from the groups of one timed micro-batch: sampled steps, and about three times as much per trained one."""
     c, start = run.config, time.monotonic()
     run.accept()
     s, w = c.sampling, c.sampling.window
-    unit = (time.monotonic() - start) / (c.group.size * (s.steps + w))  # one forward pass of one picture
+    groups = max(1, min(c.group.prompts, s.micro_batch // c.group.size))
+    unit = (time.monotonic() - start) / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
     passes = s.steps + w * (4 if c.kl.weight > 0 else 3)
     step = unit * passes * c.group.size * c.group.prompts
     evaluation = unit * c.eval.steps * c.eval.samples * (1 if c.eval.guidance == 1 else 2)
