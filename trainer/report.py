@@ -371,8 +371,8 @@ def _section(record: Record) -> dict[str, Any]:
         "changes": [
             {
                 "label": c.label,
-                "before": f"{c.before:.3g}",
-                "after": f"{c.after:.3g}",
+                "before": f"{round(c.before, 9) + 0.0:.3g}",
+                "after": f"{round(c.after, 9) + 0.0:.3g}",
                 "words": c.words,
                 "good": {True: "good", False: "bad", None: ""}[c.good],
             }
