@@ -20,6 +20,9 @@ REWARDS: dict[str, str] = {
     "aesthetic": "services.rewards.aesthetic:Aesthetic",
     "forensic_chat": "services.rewards.forensic_chat:ForensicChat",
     "prompt_echo": "services.rewards.prompt_echo:PromptEcho",
+    "artifact_reward": "services.rewards.artifact_reward:ArtifactReward",
+    "reward_dance": "services.rewards.reward_dance:RewardDance",
+    "z_reward": "services.rewards.z_reward:ZReward",
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -141,7 +142,7 @@ class TransformersEngine:
         return continued(opened, whole)
 
     def _inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
-        images = [list(chat.images) for chat in chats]
+        images = [[np.require(image, requirements="W") for image in chat.images] for chat in chats]  # torch wants to own them
         made = self.processor(
             text=[self._text(chat) for chat in chats],
             images=[image for several in images for image in several] or None,

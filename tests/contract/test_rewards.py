@@ -28,6 +28,9 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "aesthetic": tiny_clip.Tiny("aesthetic"),
     "forensic_chat": tiny_judge.Options(),
     "prompt_echo": tiny_judge.Options(),
+    "artifact_reward": tiny_judge.Options(),
+    "reward_dance": tiny_judge.Options(),
+    "z_reward": tiny_judge.Options(),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 
@@ -40,7 +43,8 @@ def rewards() -> dict[str, Any]:
 def items(prompt: str | None) -> list[Item]:
     rng = np.random.default_rng(0)
     sizes = [(16, 16), (28, 28), (40, 17), (100, 64), (28, 28)]
-    return [Item(rng.integers(0, 256, (h, w, 3), dtype=np.uint8), prompt) for h, w in sizes]
+    reference = np.full((32, 32, 3), 128, np.uint8)
+    return [Item(rng.integers(0, 256, (h, w, 3), dtype=np.uint8), prompt, (reference,)) for h, w in sizes]
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
