@@ -11,7 +11,7 @@ from services.config import ROOT
 from services.registry import REWARDS, resolve
 from services.reward import Item, Reward
 from shared.schema import Score
-from tests import tiny_judge
+from tests import taught_judge, tiny_judge
 from tests.services.rewards_clip import tiny as tiny_clip
 from tests.services.rewards_detectors import tiny as tiny_detectors
 
@@ -31,6 +31,10 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "artifact_reward": tiny_judge.Options(),
     "reward_dance": tiny_judge.Options(),
     "z_reward": tiny_judge.Options(),
+    "unified_reward": taught_judge.Options(template="score"),
+    "edit_score": taught_judge.Options(template="edit", quality_template="quality"),
+    "rational_rewards": taught_judge.Options(template="aspects"),
+    "ocr_judge": taught_judge.Options(template="read"),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 
