@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services import logs, page, telemetry
+from services import compare_http, logs, page, telemetry
 from services.auth import Keys, scope_of
 from services.cache import Cache, key_of, pixels_digest
 from services.config import RewardConfig, ServiceConfig
@@ -29,11 +29,24 @@ from services.metrics import Metrics
 from services.registry import resolve
 from services.reward import Item
 from services.scheduler import Admission, Answered, Lane
-from services.worker import RewardWork, best_threads, pick_device, warm_up
-from shared import wire
+from services.worker import best_threads, pick_device, warm_up
+from shared import compare_wire, wire
 from shared.errors import BadImage, DeadlineExceeded, NotReady, UnknownReward, VerismError, WrongVersion
 from shared.image import decode
-from shared.schema import MAX_ITEMS, ItemAnswer, Problem, RewardInfo, RewardUsed, Score, ScoreAnswer, ScoreItem, ScoreRequest
+from shared.schema import (
+    MAX_ITEMS,
+    MAX_PAIRS,
+    CompareAnswer,
+    CompareRequest,
+    ItemAnswer,
+    Problem,
+    RewardInfo,
+    RewardUsed,
+    Score,
+    ScoreAnswer,
+    ScoreItem,
+    ScoreRequest,
+)
 
 log = logging.getLogger("verism.service")
 READY_SECONDS = 5.0
@@ -129,13 +142,13 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bo
 
 
 def _lane(name: str, reward: Any, options: RewardConfig, metrics: Metrics, device: str, tuned: bool) -> Lane[Item, Score]:
-    work = RewardWork(reward)
+    work = compare_http.work_of(reward)
     cap, seen = options.batch_cap or options.batch_most, list[tuple[int, float]]()
     if tuned and options.batch_cap is None:
         cap, seen = warm_up(work, options.batch_most, device)
         log.info("%s: batches of up to %d (%s)", name, cap, ", ".join(f"{n}: {1000 * s:.0f} ms" for n, s in seen))
     lane: Lane[Item, Score] = Lane(
-        name, work, cap=cap, bucket=lambda item: item.image.shape, observe=functools.partial(metrics.ran, name)
+        name, work, cap=cap, bucket=lambda item: (type(item), item.image.shape), observe=functools.partial(metrics.ran, name)
     )
     for n, seconds in seen:
         lane.time.observe(n, seconds)
@@ -324,15 +337,14 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # nobody may be left to hear of it
 
-    def board(parsed: wire.Parsed, names: list[str], kind: str, body: memoryview, started: float) -> _Flight:
-        """What answers this request: its own task, or that of the same request (same id, same body) that is being answered."""
-        key = (kind, parsed.request.request_id)
+    def board(key: tuple[str, str], body: memoryview, work: Callable[[], Coroutine[Any, Any, bytes]]) -> _Flight:
+        """What answers this request: `work`, or that of the same request (same id, same body) that is being answered."""
         same_id = state.flights.setdefault(key, [])
         for flight in same_id:
             if np.array_equal(flight.body, body):
                 metrics.joined.inc()
                 return flight
-        flight = _Flight(key, body, asyncio.ensure_future(answer(parsed, names, kind, len(body), started)))
+        flight = _Flight(key, body, asyncio.ensure_future(work()))
         same_id.append(flight)
         flight.task.add_done_callback(lambda _: land(flight))
         return flight
@@ -349,28 +361,50 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
                 flight.task.cancel()
             del flight  # as in while_asked
 
-    @app.post(
-        "/score",
-        response_model=ScoreAnswer,
-        openapi_extra={"requestBody": REQUEST_BODY},
-        responses={
-            c: {"content": {PROBLEM: {"schema": Problem.model_json_schema()}}, "description": d} for c, d in _PROBLEMS.items()
-        },
-        summary="Score pictures",
-    )
-    @app.post("/v1/score", include_in_schema=False)
-    async def score(request: Request) -> Response:
-        started = time.perf_counter()
+    async def received(request: Request) -> memoryview:
         if state.draining:
             raise NotReady("this service is shutting down; ask another replica")
         admission.check(1, int(size) if (size := request.headers.get("content-length", "")).isdecimal() else 0)
         body = await read_body(request, config.max_body_bytes, config.body_timeout_s, buffers)
         metrics.bytes_in.inc(len(body))
+        return body
+
+    @app.post(
+        "/score",
+        response_model=ScoreAnswer,
+        openapi_extra={"requestBody": REQUEST_BODY},
+        responses=_PROBLEM_ANSWERS,
+        summary="Score pictures",
+    )
+    @app.post("/v1/score", include_in_schema=False)
+    async def score(request: Request) -> Response:
+        started = time.perf_counter()
+        body = await received(request)
         parsed, kind = await parse(request.headers, body)
         names = wanted(parsed.request)
         logs.note(request, request_id=parsed.request.request_id, items=len(parsed.request.items), rewards=names)
-        content = await ride(request, board(parsed, names, kind, body, started))
+        work = functools.partial(answer, parsed, names, kind, len(body), started)
+        content = await ride(request, board((kind, parsed.request.request_id), body, work))
         return Response(content, media_type=wire.MSGPACK if kind == wire.MSGPACK else wire.JSON)
+
+    @app.post(
+        "/v1/compare",
+        response_model=CompareAnswer,
+        openapi_extra={"requestBody": compare_http.REQUEST_BODY},
+        responses=_PROBLEM_ANSWERS,
+        summary="Compare pictures in pairs",
+    )
+    async def compare(request: Request) -> Response:
+        started = time.perf_counter()
+        body = await received(request)
+        asked, kind = compare_wire.parse(request.headers.get("content-type"), body)
+        lane = compare_http.lane_of(asked, state.rewards)
+        logs.note(request, request_id=asked.request_id, items=len(asked.images), rewards=[asked.reward])
+        in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, pool)
+        hold = functools.partial(admission.hold, 2 * asked.pairs, len(body))
+        work = functools.partial(compare_http.answer, asked, kind, lane, hold, in_thread, decode_items)
+        flight = board((f"compare {kind}", asked.request_id), body, functools.partial(work, metrics, started))
+        return Response(await ride(request, flight), media_type=kind)
 
     @app.get("/v1/rewards", summary="What is served")
     async def rewards() -> dict[str, Any]:
@@ -380,6 +414,7 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
             "limits": {
                 "body_bytes": config.max_body_bytes,
                 "items": MAX_ITEMS,
+                "pairs": MAX_PAIRS,
                 "pixels": config.max_pixels,
                 "request_pixels": config.max_request_pixels,
             },
@@ -473,6 +508,9 @@ _PROBLEMS: dict[int | str, str] = {
     503: "Starting or shutting down",
     504: "Deadline exceeded",
 }
+_PROBLEM_ANSWERS: dict[int | str, dict[str, Any]] = {
+    c: {"content": {PROBLEM: {"schema": Problem.model_json_schema()}}, "description": d} for c, d in _PROBLEMS.items()
+}
 
 
 def _openapi(app: FastAPI, guarded: bool) -> dict[str, Any]:
@@ -482,7 +520,11 @@ def _openapi(app: FastAPI, guarded: bool) -> dict[str, Any]:
         request = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         parts = request.pop("$defs")
         request["required"], parts["ScoreItem"]["required"] = ["items"], ["image"]  # the ids are made up where they are missing
-        document["components"]["schemas"].update({**parts, "ScoreRequest": request})
+        compare = CompareRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts |= compare.pop("$defs")
+        compare["required"].remove("request_id")
+        parts["CompareGroup"]["required"].remove("id")
+        document["components"]["schemas"].update({**parts, "ScoreRequest": request, "CompareRequest": compare})
         if guarded:
             document["components"]["securitySchemes"] = KEY_SCHEMES
             for path, methods in document["paths"].items():

@@ -20,6 +20,11 @@ class Item:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Pair(Item):
+    """`image` is shown first, `references[0]` second, in this order only; `meta` is empty."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """One file under services/rewards, one line in services/registry.py."""
@@ -33,4 +38,13 @@ class Reward(Protocol):
 
     def score(self, batch: Sequence[Item]) -> list[Score]:
         """Same length and order as `batch`. An item that cannot be scored gets Score.failed(...), never a number."""
+        ...
+
+
+@runtime_checkable
+class Comparer(Reward, Protocol):
+    """A reward that `POST /v1/compare` can ask; its info.mode is `pairwise`."""
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Same length and order: P(the picture that is shown first wins) in [0, 1], a tie 0.5, or Score.failed(...)."""
         ...

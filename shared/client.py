@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -30,10 +30,27 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared import wire
+from shared import compare_wire, wire
 from shared.errors import ServiceUnreachable, VerismError
 from shared.image import MAX_SIDE, encode
-from shared.schema import MAX_ITEMS, Encoding, ImageData, Problem, RewardInfo, Score, ScoreAnswer, ScoreItem, ScoreRequest
+from shared.schema import (
+    MAX_ITEMS,
+    MAX_PAIRS,
+    CompareAnswer,
+    CompareGroup,
+    CompareRequest,
+    Encoding,
+    GroupAnswer,
+    ImageData,
+    Plan,
+    Problem,
+    RewardInfo,
+    Score,
+    ScoreAnswer,
+    ScoreItem,
+    ScoreRequest,
+    pairs_of,
+)
 
 if importlib.util.find_spec("sniffio") is None:  # httpcore looks for it four times a request; where it is not, that is said at once
     sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
@@ -63,10 +80,24 @@ class ScoreTable:
         return np.array([score.parts.get(part, float("nan")) for score in row], dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class CompareTable:
+    """Win rates_B of B pictures and their standard errors_B (float64, NaN where missing), mask_B, and each group as the service said it,
+    with places that are positions in B; a group that got no answer is not in `groups`. `failures` counts missing pairs by urn."""
+
+    reward: str
+    rates_B: NDArray[np.float64]
+    errors_B: NDArray[np.float64]
+    mask_B: NDArray[np.bool_]
+    groups: dict[str, GroupAnswer]
+    version: int | None
+    failures: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass
 class _Replica:
     url: str
-    endpoint: httpx.URL | None = None  # of its first request on
+    endpoints: dict[str, httpx.URL] = field(default_factory=dict)  # by path, of its first request on
     in_flight: int = 0
     seconds: float | None = None  # of one picture, exponentially forgetting
     rest_until: float = 0.0
@@ -198,6 +229,125 @@ class RewardClient:
         values = values.reshape(len(names), len(images))
         return ScoreTable(names, values, np.isfinite(values), scores, versions, failures)
 
+    async def compare(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        groups: Sequence[str],
+        prompts: Sequence[str | None] | None = None,
+        *,
+        reward: str | None = None,
+        plan: Plan = "all",
+        anchors: Sequence[int] = (),
+        rounds: int | None = None,
+        hard: bool = False,
+    ) -> CompareTable:
+        """Win rates of B pictures (uint8, (H, W, 3)) within their groups, each pair asked in both orders. Never raises for a service's
+        failure: the mask tells.
+
+        A group has one prompt. `anchors` are positions in `images`, of plan anchor. A group of one picture has no pair, and no win rate.
+        Raw pixels are sent from the arrays themselves, each once.
+        """
+        name = reward if reward is not None else next(iter(self._replicas))
+        if name not in self._replicas:
+            raise ValueError(f"no URL for reward {name!r}; known: {', '.join(self._replicas)}")
+        prompts = prompts if prompts is not None else [None] * len(images)
+        members: dict[str, list[int]] = {}
+        for i, (_, group, prompt) in enumerate(zip(images, groups, prompts, strict=True)):
+            members.setdefault(group, []).append(i)
+            if prompts[members[group][0]] != prompt:
+                raise ValueError(f"group {group!r} has two prompts: compare pictures of one prompt")
+        wanted = {group: rows for group, rows in members.items() if len(rows) > 1}
+        costs = {
+            group: (
+                len(rows),
+                sum(images[i].nbytes for i in rows),
+                sum(images[i].shape[0] * images[i].shape[1] for i in rows),
+                pairs_of(len(rows), plan, len(set(rows) & set(anchors)), rounds),
+            )
+            for group, rows in wanted.items()
+        }
+        chunks: list[list[str]] = []
+        load: tuple[int, ...] = (*LIMITS, MAX_PAIRS)
+        for group, cost in costs.items():
+            load = tuple(a + b for a, b in zip(load, cost, strict=True))
+            if any(a > b for a, b in zip(load, (*LIMITS, MAX_PAIRS), strict=True)):
+                chunks.append([])
+                load = cost
+            chunks[-1].append(group)
+        deadline = time.monotonic() + self.timeout_s
+        told = await asyncio.gather(
+            *(
+                self._tournaments(
+                    name, images, {g: (wanted[g], prompts[wanted[g][0]]) for g in chunk}, plan, anchors, rounds, hard, deadline
+                )
+                for chunk in chunks
+            )
+        )
+        failures: dict[str, int] = {}
+        answered: dict[str, GroupAnswer] = {}
+        versions = {one.rewards[name].version for one in told if isinstance(one, CompareAnswer)}
+        for chunk, one in zip(chunks, told, strict=True):
+            if isinstance(one, CompareAnswer) and len(versions) == 1:
+                answered |= {group.id: group for group in one.groups}
+                problems = [pair.error.type for group in one.groups for pair in group.pairs if pair.error is not None]
+            else:
+                kind = one.type if isinstance(one, Problem) else "urn:verism:version-changed"
+                problems = [kind] * sum(costs[group][3] for group in chunk)
+            for kind in problems:
+                failures[kind] = failures.get(kind, 0) + 1
+        rates, errors = np.full((2, len(images)), np.nan)
+        for said in answered.values():
+            for row in said.items:
+                if row.win_rate is not None and row.standard_error is not None:
+                    rates[row.image], errors[row.image] = row.win_rate, row.standard_error
+        version = versions.pop() if len(versions) == 1 else None
+        return CompareTable(name, rates, errors, np.isfinite(rates), answered, version, failures)
+
+    async def _tournaments(
+        self,
+        name: str,
+        images: Sequence[NDArray[np.uint8]],
+        groups: Mapping[str, tuple[Sequence[int], str | None]],
+        plan: Plan,
+        anchors: Sequence[int],
+        rounds: int | None,
+        hard: bool,
+        deadline: float,
+    ) -> CompareAnswer | Problem:
+        """One request: some groups, their places those of `images` again when it comes back."""
+        rows = [i for members, _ in groups.values() for i in members]
+        place = {i: k for k, i in enumerate(rows)}
+        asked = CompareRequest.model_construct(
+            request_id=uuid.uuid4().hex,
+            reward=name,
+            priority=self.priority,
+            require_version=None,
+            plan=plan,
+            rounds=rounds,
+            hard=hard,
+            images=[_encoded(images[i], self.encoding) for i in rows],
+            groups=[
+                CompareGroup.model_construct(
+                    id=group, prompt=prompt, images=[place[i] for i in members], anchors=[place[i] for i in anchors if i in members]
+                )
+                for group, (members, prompt) in groups.items()
+            ],
+        )
+
+        async def ask(replica: _Replica, deadline_ms: int) -> CompareAnswer:
+            body = compare_wire.pack(asked.model_copy(update={"deadline_ms": deadline_ms}))
+            answer = compare_wire.parse_answer(await self._post(replica, "/v1/compare", [body]))
+            if [group.id for group in answer.groups] != list(groups):
+                raise ValueError("the answer has other groups than the request")
+            said = {
+                i for g in answer.groups for i in (*(r.image for r in g.items), *(k for p in g.pairs for k in (p.first, p.second)))
+            }
+            if name not in answer.rewards or not said <= set(range(len(rows))):
+                raise ValueError("the answer has other pictures than the request")
+            return answer.model_copy(update={"groups": [_placed(group, rows) for group in answer.groups]})
+
+        return await self._tried(self._replicas[name], name, len(rows), deadline, ask)
+
     async def _rows(
         self, names: list[str], items: list[ScoreItem], chunks: list[list[int]]
     ) -> dict[str, tuple[list[Score], int | None]]:
@@ -219,35 +369,54 @@ class RewardClient:
         return out
 
     async def _chunk(self, names: list[str], items: list[ScoreItem], deadline: float) -> dict[str, tuple[list[Score], int | None]]:
-        replicas = self._replicas[names[0]]
-        what, where = ", ".join(names), " or ".join(replica.url for replica in replicas)
+        request_id = uuid.uuid4().hex
+
+        async def ask(replica: _Replica, deadline_ms: int) -> dict[str, tuple[list[Score], int | None]]:
+            request = ScoreRequest.model_construct(
+                request_id=request_id,
+                rewards=names,
+                priority=self.priority,
+                deadline_ms=deadline_ms,
+                require_version=None,
+                items=items,
+            )
+            answer: ScoreAnswer = wire.parse_answer(await self._post(replica, "/score", wire.pack_chunks(request)), wire.MSGPACK)
+            if [item.id for item in answer.items] != [item.id for item in items]:
+                raise ValueError("the answer has other items than the request")
+            return {name: ([item.scores[name] for item in answer.items], answer.rewards[name].version) for name in names}
+
+        told = await self._tried(self._replicas[names[0]], ", ".join(names), len(items), deadline, ask)
+        if not isinstance(told, Problem):
+            return told
+        status = "timeout" if told.type.endswith("deadline-exceeded") else "error"
+        return {name: ([Score(status=status, error=told)] * len(items), None) for name in names}  # type: ignore[arg-type]
+
+    async def _tried(
+        self,
+        replicas: Sequence[_Replica],
+        what: str,
+        count: int,
+        deadline: float,
+        ask: Callable[[_Replica, int], Awaitable[T]],
+    ) -> T | Problem:
+        """What `ask` (a replica, milliseconds left) of `count` pictures gives, tried again as long as that may help; or the last problem."""
+        where = " or ".join(replica.url for replica in replicas)
         late = Problem(
             type="urn:verism:deadline-exceeded",
             title=f"{what} at {where} did not answer within {self.timeout_s:g} s: raise timeout_s, or send less at once",
         )
         problem = late
-        request_id = uuid.uuid4().hex
         for attempt in itertools.count():
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             replica, began = self._pick(replicas), time.monotonic()
-            request = ScoreRequest.model_construct(
-                request_id=request_id,
-                rewards=names,
-                priority=self.priority,
-                deadline_ms=max(1, int(left * 1000)),
-                require_version=None,
-                items=items,
-            )
-            replica.in_flight += len(items)
+            replica.in_flight += count
             try:
                 _check_url(what, replica.url)
-                answer = await asyncio.wait_for(self._post(replica, request), left)
-                if [item.id for item in answer.items] != [item.id for item in items]:
-                    raise ValueError("the answer has other items than the request")
-                replica.served(len(items), time.monotonic() - began)
-                return {name: ([item.scores[name] for item in answer.items], answer.rewards[name].version) for name in names}
+                answer = await asyncio.wait_for(ask(replica, max(1, int(left * 1000))), left)
+                replica.served(count, time.monotonic() - began)
+                return answer
             except TimeoutError:
                 problem = late
                 break
@@ -272,15 +441,14 @@ class RewardClient:
                 problem = Problem(type="urn:verism:bad-answer", title=f"{replica.url} answered something else than scores: {error}")
                 break
             finally:
-                replica.in_flight -= len(items)
+                replica.in_flight -= count
             now = time.monotonic()
             rested = any(other.rest_until <= now for other in replicas)
             pause = random.uniform(0, min(4.0, 0.1 * 2 ** min(attempt, 10))) + (0.0 if rested else wait)
             if now + pause >= deadline:
                 break
             await asyncio.sleep(pause)
-        status = "timeout" if problem.type.endswith("deadline-exceeded") else "error"
-        return {name: ([Score(status=status, error=problem)] * len(items), None) for name in names}  # type: ignore[arg-type]
+        return problem
 
     def _pick(self, replicas: Sequence["_Replica"]) -> "_Replica":
         """The one with the fewest seconds of work outstanding, resting ones last."""
@@ -289,10 +457,10 @@ class RewardClient:
         usual = sum(known) / len(known) if known else 1.0
         return min(replicas, key=lambda r: (r.rest_until > now, r.in_flight * (r.seconds or usual), random.random()))
 
-    async def _post(self, replica: _Replica, request: ScoreRequest) -> ScoreAnswer:
+    async def _post(self, replica: _Replica, path: str, chunks: Sequence[bytes | memoryview]) -> bytes:
         """Past httpx's client, whose redirects, cookies and merging of headers cost more than a picture, to its transport."""
-        body = _Body(wire.pack_chunks(request))
-        url = replica.endpoint = replica.endpoint or httpx.URL(f"{replica.url}/score")
+        body = _Body(chunks)
+        url = replica.endpoints.get(path) or replica.endpoints.setdefault(path, httpx.URL(f"{replica.url}{path}"))
         headers = {"host": url.netloc.decode(), **self._headers, "content-length": str(body.size), **_trace()}
         asked = httpx.Request("POST", url, headers=headers, stream=body, extensions={"timeout": self._timeout})
         answer = await self._transport.handle_async_request(asked)
@@ -301,7 +469,7 @@ class RewardClient:
         finally:
             await answer.aclose()
         if answer.status_code == 200:
-            return wire.parse_answer(content, wire.MSGPACK)
+            return content
         raise RequestFailed(_problem(replica.url, answer))
 
 
@@ -324,6 +492,13 @@ def _encoded(pixels: NDArray[np.uint8], encoding: Encoding) -> ImageData:
     height, width, _ = pixels.shape
     data = np.ascontiguousarray(pixels).data.cast("B")
     return ImageData.model_construct(encoding=encoding, height=height, width=width, data=data)
+
+
+def _placed(group: GroupAnswer, rows: Sequence[int]) -> GroupAnswer:
+    """A group whose places are `rows` instead of positions in the request."""
+    items = [item.model_copy(update={"image": rows[item.image]}) for item in group.items]
+    pairs = [pair.model_copy(update={"first": rows[pair.first], "second": rows[pair.second]}) for pair in group.pairs]
+    return group.model_copy(update={"items": items, "pairs": pairs})
 
 
 def _trace() -> dict[str, str]:
@@ -405,6 +580,10 @@ class RewardClientSync:
     def score(self, *args: Any, **kwargs: Any) -> ScoreTable:
         """As RewardClient.score."""
         return self._run(self._client.score(*args, **kwargs))
+
+    def compare(self, *args: Any, **kwargs: Any) -> CompareTable:
+        """As RewardClient.compare."""
+        return self._run(self._client.compare(*args, **kwargs))
 
     def info(self) -> dict[str, RewardInfo]:
         """As RewardClient.info."""

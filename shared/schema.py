@@ -13,9 +13,11 @@ SCHEMA_VERSION = 1
 Status = Literal["ok", "parse_error", "refused", "timeout", "error"]
 Priority = Literal["interactive", "train", "bulk"]
 Encoding = Literal["rgb8", "qoi", "png", "webp", "jpeg"]
+Plan = Literal["all", "anchor", "swiss"]
 
 PROMPT_BYTES = 8 * 1024
 MAX_ITEMS = 256
+MAX_PAIRS = 4096
 
 
 class Frozen(BaseModel):
@@ -41,7 +43,7 @@ class RewardInfo(Frozen):
     """What `GET /v1/rewards` says about one reward."""
 
     name: str
-    mode: Literal["pointwise"] = "pointwise"
+    mode: Literal["pointwise", "pairwise"] = Field(default="pointwise", description="pairwise: POST /v1/compare takes it too")
     range: tuple[float, float] | None = Field(default=None, description="smallest and largest value, null when unbounded")
     higher_is_better: bool = True
     needs: list[Literal["prompt", "references"]] = []
@@ -174,4 +176,116 @@ class ScoreAnswer(Frozen):
     request_id: str
     rewards: dict[str, RewardUsed]
     items: list[ItemAnswer]
+    timing_ms: dict[str, float] = {}
+
+
+Place = Annotated[int, Field(ge=0, lt=MAX_ITEMS)] | Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class CompareGroup(Frozen):
+    """Pictures that are compared with one another. Each is a position in the request's `images`, or the sha256 of its `data` in hex."""
+
+    id: Annotated[str, Field(max_length=256)]
+    prompt: str | None = None
+    images: Annotated[list[Place], Field(min_length=2, max_length=MAX_ITEMS)]
+    anchors: Annotated[list[Place], Field(max_length=MAX_ITEMS)] = []
+
+    @model_validator(mode="after")
+    def _short_prompt(self) -> Self:
+        if self.prompt is not None and len(self.prompt.encode()) > PROMPT_BYTES:
+            raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+        return self
+
+
+class CompareRequest(Frozen):
+    """Body of `POST /v1/compare`. Every pair is asked in both orders."""
+
+    request_id: Annotated[str, Field(max_length=256)]
+    reward: str
+    priority: Priority = "interactive"
+    deadline_ms: Annotated[int, Field(gt=0)] | None = None
+    require_version: int | None = None
+    plan: Plan = "all"
+    rounds: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = Field(
+        default=None, description="of plan swiss; default log2 of the group"
+    )
+    hard: bool = Field(default=False, description="count each verdict as a win, a tie or a loss, not as a probability")
+    images: Annotated[list[ImageData], Field(min_length=2, max_length=MAX_ITEMS)]
+    groups: Annotated[list[CompareGroup], Field(min_length=1, max_length=MAX_ITEMS)]
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> Self:
+        ids = [group.id for group in self.groups]
+        if len(set(ids)) != len(ids):
+            raise ValueError("group ids repeat; give each group its own id")
+        if self.rounds is not None and self.plan != "swiss":
+            raise ValueError("`rounds` belongs to plan swiss; leave it away")
+        if self.plan != "anchor" and any(group.anchors for group in self.groups):
+            raise ValueError("`anchors` belong to plan anchor; leave them away")
+        return self
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs it asks for."""
+        return sum(pairs_of(len(group.images), self.plan, len(group.anchors), self.rounds) for group in self.groups)
+
+
+def swiss_rounds(n: int, rounds: int | None = None) -> int:
+    """Of n pictures: `rounds`, or log2 n rounded up; at most n / 2 rounded up, so that everyone has a new opponent in each."""
+    return min(rounds or (n - 1).bit_length(), (n + 1) // 2)
+
+
+def pairs_of(n: int, plan: Plan, anchors: int = 0, rounds: int | None = None) -> int:
+    """Pairs of a group of n. No anchors named: one."""
+    if plan == "swiss":
+        return swiss_rounds(n, rounds) * (n // 2)
+    others = n - (max(anchors, 1) if plan == "anchor" else n)
+    return (n * (n - 1) - others * (others - 1)) // 2
+
+
+class Verdict(Frozen):
+    """Of one pair (positions in `images`): P(first wins), the mean over both orders; without one, `error` says why.
+
+    `orders` are P(first wins) when the first was shown first, and when it was shown second."""
+
+    first: int
+    second: int
+    value: float | None = None
+    orders: tuple[float | None, float | None] = (None, None)
+    error: Problem | None = None
+
+    @model_validator(mode="after")
+    def _value_or_error(self) -> Self:
+        if (self.value is None) == (self.error is None):
+            raise ValueError("a verdict has a value, or an error")
+        return self
+
+
+class WinRate(Frozen):
+    """Of one picture (position in `images`): the mean of its verdicts and its standard error, null when it has no verdict."""
+
+    image: int
+    win_rate: float | None = None
+    standard_error: float | None = None
+    pairs: int = 0
+    missing: int = 0
+    lossy: bool = False
+    error: Problem | None = Field(default=None, description="why the picture itself could not be read")
+
+
+class GroupAnswer(Frozen):
+    """Win rates in the order of the group's images; `shown_first` is how often what is shown first wins (0.5 is unbiased)."""
+
+    id: str
+    items: list[WinRate]
+    pairs: list[Verdict]
+    shown_first: float | None = None
+
+
+class CompareAnswer(Frozen):
+    """Answer of `POST /v1/compare`: one entry per group, in the request's order."""
+
+    request_id: str
+    rewards: dict[str, RewardUsed]
+    groups: list[GroupAnswer]
     timing_ms: dict[str, float] = {}

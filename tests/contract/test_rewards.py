@@ -31,6 +31,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "artifact_reward": tiny_judge.Options(),
     "reward_dance": tiny_judge.Options(),
     "z_reward": tiny_judge.Options(),
+    "unified_compare": tiny_judge.Options(),
     "unified_reward": taught_judge.Options(template="score"),
     "edit_score": taught_judge.Options(template="edit", quality_template="quality"),
     "rational_rewards": taught_judge.Options(template="aspects"),
