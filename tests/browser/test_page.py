@@ -357,6 +357,9 @@ class TestInABrowser:
 
     def test_the_keyboard_is_enough(self, drawn: str, open_page: Any, tmp_path: Path) -> None:
         page = open_page(drawn)
+        page.on(
+            "filechooser", lambda _: None
+        )  # interception is on from here, not only from the moment of the key, which a busy machine misses
 
         def to(selector: str) -> None:
             for _ in range(30):
