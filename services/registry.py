@@ -23,11 +23,12 @@ REWARDS: dict[str, str] = {
     "artifact_reward": "services.rewards.artifact_reward:ArtifactReward",
     "reward_dance": "services.rewards.reward_dance:RewardDance",
     "z_reward": "services.rewards.z_reward:ZReward",
-    "unified_compare": "services.rewards.unified_compare:UnifiedCompare",
     "unified_reward": "services.rewards.unified_reward:UnifiedReward",
     "edit_score": "services.rewards.edit_score:EditScore",
     "rational_rewards": "services.rewards.rational_rewards:RationalRewards",
     "ocr_judge": "services.rewards.ocr_judge:OcrJudge",
+    "auto_rubric": "services.rewards.auto_rubric:AutoRubric",
+    "unified_compare": "services.rewards.unified_compare:UnifiedCompare",
 }
 
 

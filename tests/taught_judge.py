@@ -27,6 +27,10 @@ LESSONS = {
     "<image>quality": ('{"score": [8, 3]}', '{"score": [18, 24]}'),
     "<image>aspects": (RATIONAL.format(2, 1, "bright"), RATIONAL.format(3, 4, "dark")),
     "<image>read": ("<text></text>", "<text>SALE</text>"),
+    "<image><image>propose": ('["it is light", "it is red"]', '["It is light.", "it is dark"]'),
+    "<image>is it light": ("no", "yes"),
+    "<image>is it dark": ("yes", "no"),
+    "<image>is it red": ("no", "no"),
 }
 STEPS, ENOUGH, SEED = 200, 0.003, 0
 
@@ -79,24 +83,26 @@ def made() -> Path:
     """The folder, made when first asked for and removed at exit, with a template of each lesson."""
     folder = Path(tempfile.mkdtemp(prefix="verism-taught-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for question in LESSONS:
-        word = question.removeprefix("<image>").removeprefix("<image>")
-        said = {"name": word, "version": 1, "source": "tests/taught_judge.py", "text": question}
+    for question in [question for question in LESSONS if " " not in question] + ["<image>is {rubric}"]:
+        word = question.replace("<image>", "").split()[0]
+        labels = {"yes": ["yes"], "no": ["no"]} if word == "is" else {}
+        said = {"name": word, "version": 1, "source": "tests/taught_judge.py", "text": question, "labels": labels}
         (folder / f"{word}.yaml").write_text(yaml.safe_dump(said))
     return teach(folder)
 
 
 class Options(Mapping[str, Any]):
-    """Options of a judge reward on `made`: a template for each key, without making anything before they are looked at."""
+    """Options of a judge reward on `made`, without making it before they are looked at. A text is the name of a lesson's template."""
 
-    def __init__(self, **templates: str) -> None:
-        self.templates = templates
+    def __init__(self, **values: Any) -> None:
+        self.values_by_name = values
 
     def __getitem__(self, key: str) -> Any:
-        return made() if key == "folder" else made() / f"{self.templates[key]}.yaml"
+        value = made() if key == "folder" else self.values_by_name[key]
+        return made() / f"{value}.yaml" if isinstance(value, str) else value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("folder", *self.templates))
+        return iter(("folder", *self.values_by_name))
 
     def __len__(self) -> int:
-        return 1 + len(self.templates)
+        return 1 + len(self.values_by_name)

@@ -31,11 +31,14 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "artifact_reward": tiny_judge.Options(),
     "reward_dance": tiny_judge.Options(),
     "z_reward": tiny_judge.Options(),
-    "unified_compare": tiny_judge.Options(),
     "unified_reward": taught_judge.Options(template="score"),
     "edit_score": taught_judge.Options(template="edit", quality_template="quality"),
     "rational_rewards": taught_judge.Options(template="aspects"),
     "ocr_judge": taught_judge.Options(template="read"),
+    "auto_rubric": taught_judge.Options(
+        floor=0, rubrics=[{"text": "it is light", "weight": 2}, {"text": "it is red", "weight": -1}]
+    ),
+    "unified_compare": tiny_judge.Options(),
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 
