@@ -1,7 +1,5 @@
 """Pairs by first token and by written verdict, on the tiny judge: plain transformers, both orders, and no verdict that was not there."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -15,9 +13,8 @@ from services.engines import Generated
 from services.prompts import HERE
 from services.reward import Comparer, Item, Pair
 from services.rewards.judge_kit import spellings
-from services.rewards.unified_compare import UnifiedCompare, UnifiedVerdict, swapped, verdict
-from shared.schema import Score
-from tests import tiny_judge
+from services.rewards.unified_compare import UnifiedCompare, UnifiedVerdict, _read, swapped, verdict
+from tests import taught_judge, tiny_judge
 
 PROMPT = "a photo of a leather bag"
 
@@ -94,18 +91,27 @@ def test_a_judge_that_babbles_gives_no_verdict(writer: UnifiedVerdict) -> None:
         assert score.value is None and score.error is not None and score.error.type.endswith("answer-unparsable")
 
 
-def test_a_written_verdict_is_read_in_both_orders(writer: UnifiedVerdict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny judge cannot write a verdict, so its words are given here: the larger picture is better, one answer is cut off."""
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> UnifiedVerdict:
+    """A judge that was taught to call the first picture better when it is bright, whatever the second is: it leans to a place."""
+    folder = tmp_path_factory.mktemp("verdict")
+    question = {"name": "compare", "version": 1, "source": "this test", "text": "<image><image>compare"}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(question))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taught_judge, "LESSONS", {question["text"]: ("Image 2 is better.", "Image 1 is better.")})
+        taught_judge.teach(folder)
+    return UnifiedVerdict.load("taught", {"folder": folder, "template": folder / "compare.yaml"}, "cpu")
 
-    def generate(chats: list[Any], sampling: Any) -> list[tuple[Generated, ...]]:
-        sizes = [[image.size for image in chat.images] for chat in chats]
-        return [(Generated(f"Both are fine.\nImage {1 if a > b else 2} is better.", min(a, b) > 28 * 28 * 3),) for a, b in sizes]
 
-    monkeypatch.setattr(writer.engine, "generate", generate)
-    a, b, c = pictures()
-    scores: list[Score] = writer.score([Item(b, PROMPT, (c,)), Item(c, PROMPT, (b,)), Item(a, PROMPT, (b,))])
-    assert [score.value for score in scores] == [0.0, 1.0, None]
-    assert scores[2].error is not None and scores[2].status == "parse_error"
+def test_written_verdicts_are_read_in_both_orders(taught: UnifiedVerdict) -> None:
+    rng = np.random.default_rng(9)
+    bright, dark, other = (taught_judge.picture(light, rng) for light in (True, False, True))
+    assert taught.info.needs == ["references"], "its question has no prompt"
+    one, two = taught.compare([Pair(bright, None, (dark,)), Pair(dark, None, (bright,))])
+    assert (one.value, two.value) == (1.0, 0.0) and one.text == "Image 1 is better."
+    assert _read(Generated(one.text or "", False)).status == "parse_error", "an answer that was cut off is no verdict"
+    scores = taught.score([Item(bright, None, (dark,)), Item(dark, None, (bright,)), Item(bright, None, (other,))])
+    assert [score.value for score in scores] == [1.0, 0.0, 0.5], "what leans to a place comes out even"
 
 
 @pytest.mark.parametrize(
