@@ -1,6 +1,7 @@
 """The tiny judge after some seconds of training: it answers a few short questions in the form that rewards read.
 
-What it writes depends on how bright the picture is, and on nothing else (28 steps, 11 s of one core): enough for a reward of written answers to meet answers.
+What it writes depends on how bright the picture is, and on nothing else (28 steps, 11 s of one core): enough for a reward of written
+answers to meet answers.
 """
 
 import atexit
