@@ -1,6 +1,6 @@
 """The true vLLM server with the tiny judge: equal to transformers, pictures sent once, errors told apart, and back after kill -9.
 
-Started once for all tests here, as a supervised child; that takes about a minute. `make vllm` builds the environment that it needs.
+Started once for all tests here, as a supervised child; that takes about half a minute. `make test` builds the environment that it needs.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +21,6 @@ from services.app import create_app
 from services.config import ServiceConfig
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Generated, Sampling, open_engine
 from services.engines import vllm as module
-from services.engines.options import ROOT, VllmOptions
 from services.engines.vllm import GONE, VllmEngine, picture_id
 from services.reward import Item
 from services.rewards.forensic_chat import ForensicChat
@@ -28,13 +28,7 @@ from services.rewards.prompt_echo import PromptEcho
 from services.worker import RewardWork
 from tests import tiny_judge
 
-PYTHON = VllmOptions().python
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm"),
-    pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON.relative_to(ROOT)}: make vllm builds it"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 # Largest difference of log-probabilities seen between the engines in float32: 6.2e-6; other kernels may round otherwise.
 BAND = 1e-4
 SPELLINGS = ("real", "Real", " real", "fake", "yes")
@@ -67,7 +61,7 @@ def served() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[VllmEngine]:
+def engine(vllm_python: Path) -> Iterator[VllmEngine]:
     made = open_engine(EngineOptions.model_validate(served()), "cpu")
     assert isinstance(made, VllmEngine) and isinstance(made, Engine)
     yield made
