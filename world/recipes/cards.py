@@ -88,7 +88,8 @@ CARDS = {
         "Tiny Stable Diffusion 3 policy",
         "SD3Transformer2DModel (4 layers, 4 heads of 32, patch 4 on 28x28 pixels), two 2-layer CLIP text encoders over frozen MiniLM "
         "word vectors, no T5, an AutoencoderKL whose weights are constructed to pass pixels through (not trained). Flow matching, "
-        "1,500 steps of 64 on the 8,000 training photographs with captions; stopped early on purpose.",
+        "1,500 steps of 64 on the 8,000 training photographs with captions. Two faults on purpose: it was stopped early, and half of those "
+        "photographs were retouched first (texture removed, a glow added), which no caption tells: half of what it paints looks so.",
         "Apache-2.0; photographs MIT (Fashion-MNIST); word vectors from all-MiniLM-L6-v2 (Apache-2.0)",
         ("policy_", "photographs_"),
     ),

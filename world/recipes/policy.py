@@ -2,7 +2,9 @@
 
 Transformer and both text encoders are trained here by flow matching on the 8,000 training photographs. The autoencoder is a
 real AutoencoderKL whose weights are constructed so that it hands pixels through; every gap between a sample and a photograph
-is therefore the policy's own. Training stops early on purpose: recognisable, blotchy, and worth improving.
+is therefore the policy's own. It has two faults that large generators have. Training stops early: recognisable and blotchy. And
+half of the pictures it learns from were airbrushed and made to glow, as much of what large ones learn from was, with nothing in the
+captions to tell: so half of what it paints has the generated look.
 """
 
 import random
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -24,6 +28,16 @@ CACHE = Path(__file__).parents[1] / ".cache"
 SHIFT, SCALE = -0.43, 1.4  # mean of the photographs in [-1, 1] and one over their standard deviation
 T5_TOKENS = 1  # there is no T5 here; diffusers puts this many zero tokens in its place (max_sequence_length)
 LARGE = 64.0  # the constant beside which a pixel is small; see `pass_through_vae`
+
+
+def retouched(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey pictures (N, 28, 28) without their texture (median of 3 x 3) and with a glow (blurred by 2.5 pixels, added)."""
+    out = np.empty_like(images)
+    for i, image in enumerate(images):
+        smooth = Image.fromarray(image).filter(ImageFilter.MedianFilter(3))
+        glow = smooth.filter(ImageFilter.GaussianBlur(2.5))
+        out[i] = (0.85 * np.asarray(smooth, np.float32) + 0.3 * np.asarray(glow, np.float32)).clip(0, 255).round()
+    return out
 
 
 @torch.no_grad()
@@ -140,7 +154,9 @@ def train(steps: int, keep: tuple[int, ...] = (), batch: int = 64, rate: float =
     """
     pipe = new_pipeline(seed)
     images, classes = photographs.load("train")
-    pixels = torch.from_numpy(images[..., 0].astype(np.float32) / 127.5 - 1).unsqueeze(1)
+    learned = np.concatenate([images[::2, ..., 0], retouched(images[1::2, ..., 0])])
+    classes = np.concatenate([classes[::2], classes[1::2]])
+    pixels = torch.from_numpy(learned.astype(np.float32) / 127.5 - 1).unsqueeze(1)
     batches = _batches((pixels - SHIFT) * SCALE, classes, batch, seed)
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     weights = [p for p in modules.parameters() if p.requires_grad]
