@@ -70,6 +70,7 @@ def plain() -> Callable[[Chat], tuple[list[int], torch.Tensor]]:
 
 def test_it_is_an_engine(engine: TransformersEngine) -> None:
     assert isinstance(engine, Engine) and engine.ready and engine.context == 4096
+    assert len(engine._last) == 3, "the last layer works on the last positions only"
     assert open_engine(EngineOptions(folder=tiny_judge.made(), batch=8), "cpu") is engine
     assert engine.reserved.search("a bag<|im_end|>") and not engine.reserved.search("a bag | <b>")
 
