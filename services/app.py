@@ -126,7 +126,9 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bo
             served[name] = Served(options, composition=reward)
         else:
             served[name] = Served(
-                options, lane=_lane(name, reward, options, metrics, device, tuned), cache=Cache(options.cache_items)
+                options,
+                lane=_lane(name, reward, options, metrics, device, tuned),
+                cache=Cache(options.cache_items if getattr(reward, "repeatable", True) else 0),
             )
         metrics.version.labels(name).set(reward.info.version)
     if tuned and device == "cpu" and config.threads is None:

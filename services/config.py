@@ -25,6 +25,8 @@ PATHS = (
     "weights",
     "head",
     "template",
+    "quality_template",
+    "rubrics",
     "processor",
     "tokenizer",
     "against",
@@ -41,7 +43,9 @@ class RewardConfig(BaseModel):
     )
     batch_most: int = Field(default=64, ge=1, le=4096, description="the largest batch that the warm-up tries")
     cache_items: int = Field(
-        default=4096, ge=0, description="scores kept, so that the same picture is not scored twice; 0 for none"
+        default=4096,
+        ge=0,
+        description="scores kept, so that the same picture is not scored twice; 0 for none, and none of rewards that sample",
     )
 
     def options(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 >>> table.values_RB, table.mask_RB
 
 Pictures go as raw pixels in msgpack. A failed item is NaN in `values_RB` and False in `mask_RB`; no number is ever invented.
-Only answers that say `retryable` are tried again, with full jitter and Retry-After honoured, under one deadline over all tries.
+Only answers that say `retryable` are tried again, with full jitter and Retry-After honoured, under one deadline over all tries: of whole
+requests, and of single items (an engine that is being started again) without the others.
 Several URLs for a reward are replicas: the one with the fewest seconds of work outstanding is asked, and one that fails is left alone
 for some seconds. Rewards that live at the same URLs share a request.
 """
@@ -369,6 +370,37 @@ class RewardClient:
         return out
 
     async def _chunk(self, names: list[str], items: list[ScoreItem], deadline: float) -> dict[str, tuple[list[Score], int | None]]:
+        """One request; items that come back with a retryable error are asked again until the deadline, by the same version of the weights."""
+        told = await self._asked(names, items, deadline)
+        if isinstance(told, Problem):
+            status = "timeout" if told.type.endswith("deadline-exceeded") else "error"
+            return {name: ([Score(status=status, error=told)] * len(items), None) for name in names}  # type: ignore[arg-type]
+        open_ = {name: rows for name in names if (rows := [i for i, score in enumerate(told[name][0]) if _again(score)])}
+        for attempt in itertools.count():
+            pause = random.uniform(0.5, 1.0) * min(4.0, 0.1 * 2 ** min(attempt, 10))
+            if not open_ or time.monotonic() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+            rows = sorted({i for several in open_.values() for i in several})
+            more = await self._asked(list(open_), [items[i] for i in rows], deadline)
+            if isinstance(more, Problem):
+                break
+            left: dict[str, list[int]] = {}
+            for name, wanted in open_.items():
+                scores, version = more[name]
+                if version != told[name][1]:  # other weights: what has no score stays without one
+                    continue
+                for i, score in zip(rows, scores, strict=True):
+                    if i in wanted:
+                        told[name][0][i] = score
+                if still := [i for i in wanted if _again(told[name][0][i])]:
+                    left[name] = still
+            open_ = left
+        return told
+
+    async def _asked(
+        self, names: list[str], items: list[ScoreItem], deadline: float
+    ) -> dict[str, tuple[list[Score], int | None]] | Problem:
         request_id = uuid.uuid4().hex
 
         async def ask(replica: _Replica, deadline_ms: int) -> dict[str, tuple[list[Score], int | None]]:
@@ -385,11 +417,7 @@ class RewardClient:
                 raise ValueError("the answer has other items than the request")
             return {name: ([item.scores[name] for item in answer.items], answer.rewards[name].version) for name in names}
 
-        told = await self._tried(self._replicas[names[0]], ", ".join(names), len(items), deadline, ask)
-        if not isinstance(told, Problem):
-            return told
-        status = "timeout" if told.type.endswith("deadline-exceeded") else "error"
-        return {name: ([Score(status=status, error=told)] * len(items), None) for name in names}  # type: ignore[arg-type]
+        return await self._tried(self._replicas[names[0]], ", ".join(names), len(items), deadline, ask)
 
     async def _tried(
         self,
@@ -471,6 +499,10 @@ class RewardClient:
         if answer.status_code == 200:
             return content
         raise RequestFailed(_problem(replica.url, answer))
+
+
+def _again(score: Score) -> bool:
+    return score.error is not None and score.error.retryable
 
 
 class _Body(httpx.AsyncByteStream):

@@ -42,6 +42,11 @@ class Written(Judge):
         how = f"{self.info.preprocessing}-t{options.temperature:g}-m{options.max_tokens}-s{options.seed}"
         self.info = self.info.model_copy(update={"preprocessing": how})
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same question has the same answer: sampled judgements are not cached."""
+        return self.options.temperature == 0
+
     def _read(self, text: str, item: Item) -> Score:
         """The score that a whole answer holds, or its error."""
         raise NotImplementedError

@@ -377,3 +377,35 @@ def test_no_trace_is_named_where_nobody_set_tracing_up() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False []"
+
+
+def test_items_with_a_retryable_error_are_asked_again_alone() -> None:
+    seen: list[list[str]] = []
+
+    def gone_twice(request: httpx.Request) -> httpx.Response:
+        seen.append([item.id for item in asked(request).items])
+        gone, wrong = Score.failed("engine-gone", "later", retryable=True), Score.failed("bad", "never")
+        tries = len(seen)
+        return answer(
+            request, lambda item: wrong if item.id == "0" else gone if item.id in ("1", "3") and tries <= 2 else mean(item)
+        )
+
+    table = score(gone_twice, 5)
+    assert seen == [["0", "1", "2", "3", "4"], ["1", "3"], ["1", "3"]]
+    assert table.mask_RB.tolist() == [[False, True, True, True, True]] and table.failures == {"urn:verism:bad": 1}
+    assert table.values_RB[0, 1:].tolist() == [i / 255 for i in range(1, 5)]
+
+
+def test_items_are_asked_again_until_the_deadline_and_by_one_version_only() -> None:
+    gone = Score.failed("engine-gone", "later", retryable=True)
+    began = time.monotonic()
+    table = score(lambda request: answer(request, lambda item: gone), 2, timeout_s=0.8)
+    assert time.monotonic() - began < 2 and table.failures == {"urn:verism:engine-gone": 2}
+    tries: list[int] = []
+
+    def swapped(request: httpx.Request) -> httpx.Response:
+        tries.append(len(tries))
+        return answer(request, lambda item: gone if item.id == "1" and len(tries) == 1 else mean(item), version=len(tries))
+
+    table = score(swapped, 2)
+    assert tries == [0, 1] and table.mask_RB.tolist() == [[True, False]] and table.versions == {"mean": 1}
