@@ -29,6 +29,14 @@ def both_orders(forward: float | None, backward: float | None) -> float | None:
     return None if forward is None or backward is None else (forward + 1 - backward) / 2
 
 
+def consistent(forward: float | None, backward: float | None) -> float | None:
+    """1 or 0 when both orders name the same picture, 0.5 when they do not or are even; None when either is missing."""
+    if forward is None or backward is None:
+        return None
+    first, second = (0.0 if abs(p - 0.5) <= EVEN else p - 0.5 for p in (forward, 1 - backward))
+    return 0.5 if first * second <= 0 else float(first > 0)
+
+
 def win_rates(p_NN: NDArray[np.float64], hard: bool = False) -> Rates:
     """Mean verdict by row; `hard` makes each a win, a tie or a loss first, as Pref-GRPO counts: (wins + ties/2) / pairs.
 
