@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,21 @@ def engine() -> TransformersEngine:
 
 
 @pytest.fixture(scope="module")
-def plain() -> Callable[[Chat], tuple[list[int], torch.Tensor]]:
-    """Token ids and log-probabilities (T, V) of one chat whose text is written out by hand, without templates and batches."""
+def plain() -> Callable[..., tuple[list[int], torch.Tensor]]:
+    """Token ids and log-probabilities (T, V) of one chat whose text is written out by hand, without templates and batches, and of `more`
+    tokens after it."""
     processor = AutoProcessor.from_pretrained(tiny_judge.made())
     model = AutoModelForImageTextToText.from_pretrained(tiny_judge.made()).eval()
 
-    def run(chat: Chat) -> tuple[list[int], torch.Tensor]:
+    def run(chat: Chat, more: Sequence[int] = ()) -> tuple[list[int], torch.Tensor]:
         system = f"<|im_start|>system\n{chat.system}<|im_end|>\n" if chat.system else ""
         pads = "<|vision_start|><|image_pad|><|vision_end|>"
         user = "".join(part if isinstance(part, str) else pads for part in chat.parts)
         text = f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{chat.continuation or ''}"
         inputs = processor(text=[text], images=list(chat.images) or None, return_tensors="pt")
+        for name, value in (("input_ids", more), ("attention_mask", [1] * len(more)), ("mm_token_type_ids", [0] * len(more))):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], torch.tensor([list(value)], dtype=inputs[name].dtype)], 1)
         with torch.inference_mode():
             logits = model(**inputs).logits[0]
         return inputs["input_ids"][0].tolist(), logits.double().log_softmax(-1)
@@ -114,12 +118,10 @@ def test_greedy_is_what_the_model_generates(engine: TransformersEngine, plain: A
     chat = chats()[2]
     answer = engine.generate([chats()[0], chat], Sampling(max_tokens=6, n=2))[1]
     assert not isinstance(answer, Failure) and len(answer) == 2 and answer[0] == answer[1] and not answer[0].finished
-    text = ""
     ids: list[int] = []
     for _ in range(6):
-        ids.append(int(plain(Chat(chat.parts, chat.system, text))[1][-1].argmax()))
-        text = engine.tokenizer.decode(ids)
-    assert answer[0].text == text
+        ids.append(int(plain(chat, ids)[1][-1].argmax()))
+    assert answer[0].text == engine.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_samples_follow_the_probabilities_and_not_the_neighbours(engine: TransformersEngine, plain: Any) -> None:
