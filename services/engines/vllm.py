@@ -71,7 +71,7 @@ class VllmEngine:
         self._known: OrderedDict[str, None] = OrderedDict()
         self._alias: OrderedDict[str, str] = OrderedDict()
         self._carried: dict[str, Future[None]] = {}
-        self._lock, self._slots = Lock(), Semaphore(max(1, options.concurrent // _TOGETHER))
+        self._lock, self._slots = Lock(), Semaphore(1 + -(-options.concurrent // _TOGETHER))
         self._together = not self._plain
         self._ids = lru_cache(8192)(self._tokenized)
         self.context: int | None = None
