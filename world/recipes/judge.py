@@ -1,0 +1,295 @@
+"""The small judge: a Qwen2.5-VL of a few million parameters in the published models' folder format, trained here on `lessons`.
+
+Its eyes are trained first, with heads that are thrown away (what is it, what is wrong with it, which word stands there). Then the rest
+learns captions, and every question that the shipped rewards ask in turn, the answers by next-token cross-entropy.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from services.prompts import HERE
+from world import captions, photographs
+from world.recipes import lessons
+from world.recipes.lessons import DEFECTS, DONE, WORDS, Lesson, Picture, Stock, Teacher
+from world.recipes.progress import track
+
+FOLDER = Path(__file__).parents[1] / "judge"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+IDS = {
+    "image_token_id": "image_pad",
+    "video_token_id": "video_pad",
+    "vision_start_token_id": "vision_start",
+    "vision_end_token_id": "vision_end",
+}
+LABELS = ("real", "fake", "yes", "no", *"ABCDEFGHI", *"123456789")
+# Roles and turns as Qwen's, without its default system text.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] in ['image', 'image_url'] %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Contractions, words with what stands before them, single digits, marks, line ends, spaces: how Qwen2 cuts text before BPE.
+CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SIDES = {"min_pixels": 28 * 28, "max_pixels": 40 * 40}  # every square picture becomes 28x28: 16 patches, 4 tokens
+FIRST = ("prompt_echo", "forensic_chat")
+QUESTIONS = (
+    *(
+        "prompt_echo",
+        "forensic_chat",
+        "artifact_reward",
+        "z_reward",
+        "unified_reward",
+        "rational_rewards",
+        "ocr_judge",
+        "auto_rubric",
+    ),
+    *("auto_rubric_propose", "reward_dance", "unified_compare", "unified_verdict", "edit_score", "edit_score_quality"),
+)
+
+
+def tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE cut as Qwen2's; every label (plain, capitalised, after a space) and every word of captions, questions and answers
+    is one token."""
+    words = [s for label in LABELS for v in dict.fromkeys((label, label.capitalize(), label.upper())) for s in (v, f" {v}")]
+    sentences = [text for text, _ in captions.all_captions(captions.WORDINGS, captions.TEMPLATES)]
+    questions = [lessons.template(file.stem).text for file in sorted(HERE.glob("*.yaml"))]
+    bpe = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(CUT), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([*words, *sentences, *questions, *lessons.sayings()], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    out = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token="<|im_end|>", additional_special_tokens=SPECIAL[1:], padding_side="left"
+    )
+    out.chat_template = CHAT
+    return out
+
+
+def config(
+    tokens: Qwen2Tokenizer, layers: int = 3, width: int = 256, sight: int = 128, depth: int = 2, patch: int = 14
+) -> Qwen2_5_VLConfig:
+    """`width` and `sight` must be multiples of 64: vLLM's CPU attention takes no smaller head."""
+    ids = {name: tokens.convert_tokens_to_ids(f"<|{token}|>") for name, token in IDS.items()}
+    text = {
+        "vocab_size": -(-len(tokens) // 64) * 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": max(1, width // 128),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4},
+        "bos_token_id": None,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": depth,
+        "hidden_size": sight,
+        "num_heads": sight // 64,
+        "intermediate_size": 2 * sight,
+        "out_hidden_size": width,
+        "patch_size": patch,
+        "window_size": 112,
+        "fullatt_block_indexes": [depth - 1],
+    }
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+def processor(tokens: Qwen2Tokenizer, patch: int, sides: dict[str, int]) -> Qwen2_5_VLProcessor:
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=patch, **sides),
+        tokenizer=tokens,
+        video_processor=Qwen2VLVideoProcessor(patch_size=patch),
+        chat_template=CHAT,
+    )
+
+
+def new(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """The untrained judge."""
+    torch.manual_seed(seed)
+    tokens = tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration(config(tokens, sight=192, depth=3, patch=7))
+    model.generation_config.eos_token_id = tokens.eos_token_id
+    model.generation_config.pad_token_id = tokens.pad_token_id
+    return model, processor(tokens, 7, SIDES)
+
+
+class Eyes(torch.nn.Module):
+    """The vision tower with a head for each thing to be seen, on the mean of a picture's tokens: what attention can read off."""
+
+    HEADS = {"kind": 10, "defect": 1 + len(DEFECTS), "fake": 2, "word": 1 + len(WORDS), "edit": 1 + len(DONE), "severity": 1}
+
+    def __init__(self, tower: torch.nn.Module, width: int, tokens: int) -> None:
+        super().__init__()
+        self.tower, self.tokens = tower, tokens
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in self.HEADS.items()})
+
+    def forward(self, pixels: Tensor, grid: Tensor) -> dict[str, Tensor]:
+        seen_TD = self.tower(pixels, grid_thw=grid).pooler_output
+        mean_BD = seen_TD.view(len(grid), self.tokens, -1).mean(1)
+        return {name: head(mean_BD) for name, head in self.heads.items()}
+
+
+def truth(pictures: Sequence[Picture]) -> dict[str, Tensor]:
+    """What each head should say; a class index, or a severity in [0, 1]."""
+    defects, words = ["", *DEFECTS], ["", *WORDS]
+    return {
+        "kind": torch.tensor([one.kind for one in pictures]),
+        "defect": torch.tensor([defects.index(one.defect) for one in pictures]),
+        "fake": torch.tensor([int(one.fake) for one in pictures]),
+        "word": torch.tensor([words.index(one.word) for one in pictures]),
+        "edit": torch.tensor([0 if one.edit is None else 1 + one.edit for one in pictures]),
+        "severity": torch.tensor([one.severity for one in pictures], dtype=torch.float32),
+    }
+
+
+def sight(rng: np.random.Generator, stock: Stock) -> Picture:
+    """Anything that a lesson may show."""
+    picture = stock.draw(rng, spoilt=0.0)
+    if rng.random() < 0.2:
+        picture = lessons.lettered(picture, str(rng.choice(WORDS)), rng)
+    elif rng.random() < 0.25:
+        picture = lessons.edited(picture, int(rng.integers(len(DONE))))
+    return lessons.spoilt_copy(picture, rng) if rng.random() < 0.4 else picture
+
+
+class Optimizer:
+    """Muon for matrices (with it the answers take a third of the steps), AdamW for the rest."""
+
+    def __init__(self, module: torch.nn.Module, steps: int, rate: float, muon: float = 0.02) -> None:
+        named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+        turned = [weight for name, weight in named if weight.ndim == 2 and not any(one in name for one in ("embed", "heads."))]
+        rest = [weight for _, weight in named if all(weight is not one for one in turned)]
+        adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.parts = ((adam, rate), (torch.optim.Muon(turned, lr=muon, weight_decay=0.01), muon))
+        self.weights, self.steps, self.step = [weight for _, weight in named], steps, 0
+
+    def descend(self, loss: Tensor) -> None:
+        """One step; the rate rises for 30 steps and falls by a cosine to 2 %."""
+        share = min(1.0, (self.step + 1) / 30) * (0.02 + 0.49 * (1 + math.cos(math.pi * self.step / self.steps)))
+        for optimizer, peak in self.parts:
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = peak * share
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer, _ in self.parts:
+            optimizer.step()
+        self.step += 1
+
+
+def open_eyes(model: Any, made: Any, stock: Stock, steps: int, batch: int = 64) -> Eyes:
+    """Trains the tower of `model`; what is returned has the heads too."""
+    rng = np.random.default_rng(0)
+    eyes = Eyes(model.model.visual, model.config.text_config.hidden_size, 4).train()
+    optimizer = Optimizer(eyes, steps, 2e-3)
+    for step in track(range(steps), "eyes"):
+        pictures = [sight(rng, stock) for _ in range(batch)]
+        inputs = made.image_processor([one.pixels for one in pictures], return_tensors="pt")
+        wanted = truth(pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = {name: seen.float() for name, seen in eyes(inputs["pixel_values"], inputs["image_grid_thw"]).items()}
+        spoilt = wanted.pop("severity")
+        losses = {name: functional.cross_entropy(out[name], target) for name, target in wanted.items()}
+        losses["severity"] = functional.binary_cross_entropy_with_logits(out["severity"][:, 0], spoilt)
+        optimizer.descend(torch.stack(list(losses.values())).sum())
+        if step % 100 == 0:
+            print(f"  eyes {step}: " + ", ".join(f"{name} {float(loss.detach()):.2f}" for name, loss in losses.items()), flush=True)
+    return eyes
+
+
+def encode(made: Any, batch: Sequence[Lesson]) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of the model, padded on the left, and how many tokens at the end of each row are the answer (B,)."""
+    texts, counts = [], []
+    for lesson in batch:
+        answer = lesson.answer + "<|im_end|>"
+        asked = made.apply_chat_template(
+            lesson.chat.messages(lambda picture: {"type": "image"}), tokenize=False, add_generation_prompt=True
+        )
+        texts.append(asked + answer)
+        counts.append(len(made.tokenizer(answer, add_special_tokens=False).input_ids))
+    images = [image for lesson in batch for image in lesson.chat.images]
+    return dict(made(text=texts, images=images, padding=True, return_tensors="pt")), torch.tensor(counts)
+
+
+def answer_loss(model: Any, inputs: dict[str, Tensor], counts_B: Tensor) -> Tensor:
+    """Cross-entropy of the answers' tokens, an answer of n weighing sqrt(n); logits are made for these positions only."""
+    hidden_BTD = model.model(**inputs, use_cache=False).last_hidden_state
+    length = hidden_BTD.shape[1]
+    mask_BT = torch.arange(length)[None] >= (length - counts_B)[:, None]
+    logits_NV = model.lm_head(hidden_BTD[:, :-1][mask_BT[:, 1:]])
+    losses_N = functional.cross_entropy(logits_NV, inputs["input_ids"][:, 1:][mask_BT[:, 1:]], reduction="none")
+    weights_N = (1 / counts_B.sqrt()).repeat_interleave(counts_B)
+    return (losses_N * weights_N).sum() / weights_N.sum()
+
+
+def learn(model: Any, made: Any, stock: Stock, rounds: int, first: int = 30, batch: int = 16, rate: float = 3e-3) -> None:
+    """Captions and real or fake first, then every question in turn, `rounds` times; the eyes stay as they are."""
+    names = [*FIRST * first, *QUESTIONS * rounds]
+    teacher, seen = Teacher(stock, 1), dict[str, float]()
+    model.model.visual.requires_grad_(False)
+    optimizer = Optimizer(model, len(names), rate)
+    model.train()
+    for step, name in track(list(enumerate(names)), "questions"):
+        inputs, counts_B = encode(made, [teacher.lesson(name) for _ in range(batch)])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = answer_loss(model, inputs, counts_B)
+        optimizer.descend(loss)
+        seen[name] = 0.7 * seen.get(name, float(loss.detach())) + 0.3 * float(loss.detach())
+        if (step + 1) % 70 == 0:
+            print(f"  questions {step + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in seen.items()), flush=True)
+    model.requires_grad_(True).eval()
+
+
+def stock_of(forged: NDArray[np.uint8]) -> Stock:
+    """The training photographs, and `world.make.forgeries`: five ages, two strengths of guidance each, classes in turn."""
+    real, classes = photographs.load("train")
+    each = len(forged) // (2 * len(lessons.FORGED))
+    return Stock(real, classes, forged, np.arange(len(forged)) % each % 10, np.arange(len(forged)) // (2 * each))
+
+
+def train(forged: NDArray[np.uint8], eyes: int = 600, rounds: int = 36) -> tuple[Any, Any]:
+    """The judge and its processor."""
+    model, made = new()
+    stock = stock_of(forged)
+    open_eyes(model, made, stock, eyes)
+    learn(model, made, stock, rounds)
+    return model, made
+
+
+def save(model: Any, made: Any, folder: Path = FOLDER) -> None:
+    """Half precision in the file, and a config by which it loads in single."""
+    model.half().save_pretrained(folder)
+    made.save_pretrained(folder)
+    model.float()
+    told = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def make(forged: NDArray[np.uint8]) -> None:
+    """About four minutes of one core."""
+    save(*train(forged))
