@@ -1,4 +1,4 @@
-"""Rebuild every shipped weight file: `make world`, or `python -m world.make words policy monitors detector alignment prompts cards`.
+"""Rebuild every shipped weight file: `make world`, or `python -m world.make words policy monitors detector judge alignment prompts cards`.
 
 Steps depend on the ones before them; two CPU cores need well under an hour. `cards` measures everything on held-out
 photographs, and writes the model cards and `checksums.json`.
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from world import captions, photographs
-from world.recipes import alignment, cards, detector, monitors, policy, words
+from world.recipes import alignment, cards, detector, judge, monitors, policy, words
 
 WORLD = Path(__file__).parent
 AGES = (150, 300, 600, 1000)  # optimiser steps of the young forgers
@@ -85,6 +85,7 @@ RECIPES = {
     "alignment": alignment.make,
     "monitors": lambda: monitors.make(forgeries(seed=1000, per_forger=500)),
     "detector": lambda: detector.make(forgeries(seed=2000, per_forger=800)),
+    "judge": lambda: judge.make(forgeries(seed=2000, per_forger=800)),
     "cards": lambda: cards.make(forgeries),
 }
 

@@ -11,10 +11,10 @@ from services.config import ROOT
 from services.registry import REWARDS, resolve
 from services.reward import Item, Reward
 from shared.schema import Score
-from tests import taught_judge, tiny_judge
 from tests.services.rewards_clip import tiny as tiny_clip
 from tests.services.rewards_detectors import tiny as tiny_detectors
 
+JUDGE = {"folder": ROOT / "world" / "judge"}
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "detector": {"folder": ROOT / "world" / "detector"},
     "alignment": {"folder": ROOT / "world" / "alignment"},
@@ -26,19 +26,17 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "hpsv3": tiny_clip.Tiny("hpsv3"),
     "image_reward": tiny_clip.Tiny("image_reward"),
     "aesthetic": tiny_clip.Tiny("aesthetic"),
-    "forensic_chat": tiny_judge.Options(),
-    "prompt_echo": tiny_judge.Options(),
-    "artifact_reward": tiny_judge.Options(),
-    "reward_dance": tiny_judge.Options(),
-    "z_reward": tiny_judge.Options(),
-    "unified_reward": taught_judge.Options(template="score"),
-    "edit_score": taught_judge.Options(template="edit", quality_template="quality"),
-    "rational_rewards": taught_judge.Options(template="aspects"),
-    "ocr_judge": taught_judge.Options(template="read"),
-    "auto_rubric": taught_judge.Options(
-        floor=0, rubrics=[{"text": "it is light", "weight": 2}, {"text": "it is red", "weight": -1}]
-    ),
-    "unified_compare": tiny_judge.Options(),
+    "forensic_chat": JUDGE,
+    "prompt_echo": JUDGE,
+    "artifact_reward": JUDGE,
+    "reward_dance": JUDGE,
+    "z_reward": JUDGE,
+    "unified_reward": JUDGE,
+    "edit_score": JUDGE,
+    "rational_rewards": JUDGE,
+    "ocr_judge": JUDGE,
+    "auto_rubric": {**JUDGE, "rubrics": [{"text": "It is sharp.", "weight": 2}, {"text": "It has no bands.", "weight": -1}]},
+    "unified_compare": JUDGE,
 }
 PLAIN = sorted(set(REWARDS) - {"realism"})
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from services.rewards.detector import Detector
 from trainer.honesty import Monitors
 from world import captions, photographs
 from world.recipes import policy
+from world.recipes.exam import Exam
 from world.recipes.monitors import auc
 
 WORLD = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def measure() -> dict[str, float]:
         wrong = _values(alignment, real, [f"a photo of {words_of[(c + rng.integers(1, 10)) % 10]}" for c in classes])
         out[f"{name}_auc"] = auc(right, wrong)
     out["policy_alignment"] = float(_values(alignment, plain, prompts).mean())
-    return out
+    return out | Exam(real, classes).take(plain[:200])
 
 
 CARDS = {
@@ -107,6 +108,17 @@ CARDS = {
         "Apache-2.0; word vectors from all-MiniLM-L6-v2 (Apache-2.0)",
         ("alignment_", "policy_alignment"),
     ),
+    "judge": (
+        "Small judge",
+        "A Qwen2.5-VL of 4 million parameters (eyes of 3 layers of 192 on 28x28 pixels, 4 tokens a picture; 3 layers of 256; own tokenizer), "
+        "trained on the 8,000 training photographs with their captions, on samples of five ages of the policy, and on both spoilt, edited and "
+        "lettered with 12 words: first the eyes, then captions, then every question of services/prompts. It knows this small world, the "
+        "shipped wordings and nothing else. `real_auc`: photographs against samples; `match_auc`: matching against mismatching captions; "
+        "`spoilt`: share of pairs in which a badly spoilt picture scores lower than the same one clean or a little spoilt; `asked`: share in "
+        "which the right prompt scores above a wrong one; `flips`: share in which the better one of two is preferred in both orders.",
+        "Apache-2.0; photographs MIT (Fashion-MNIST)",
+        ("judge_",),
+    ),
     "monitors": (
         "Monitors: held-out detectors, distance, class hit",
         "A CNN and a log-spectrum classifier of photographs against samples (other samples than the served detector's), and a CNN classifier "
@@ -129,15 +141,21 @@ def make(forgeries: Callable[[int, int], NDArray[np.uint8]]) -> None:
     torch.manual_seed(0)
     scores = {name: round(value, 4) for name, value in measure().items()}
     (WORLD / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    for folder, (title, text, licence, prefixes) in CARDS.items():
-        files = sorted((WORLD / folder).rglob("*.safetensors"))
-        lines = [f"# {title}", "", text, "", f"Licence: {licence}. Recipe: `world/recipes/{folder}.py`, run by `make world`.", ""]
-        rows = {k: v for k, v in scores.items() if prefixes and k.startswith(prefixes)}
-        if rows:
-            lines += ["| measured on held-out data | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
-        lines += ["| file | bytes | SHA-256 |", "| --- | --- | --- |"]
-        for file in files:
-            sha = hashlib.sha256(file.read_bytes()).hexdigest()
-            lines.append(f"| {file.relative_to(WORLD / folder).as_posix()} | {file.stat().st_size:,} | `{sha}` |")
-        (WORLD / folder / "README.md").write_text("\n".join(lines) + "\n")
+    for folder in CARDS:
+        write(folder, scores)
     print(json.dumps(scores, indent=1))
+
+
+def write(folder: str, scores: Mapping[str, float]) -> None:
+    """One card."""
+    title, text, licence, prefixes = CARDS[folder]
+    files = sorted((WORLD / folder).rglob("*.safetensors"))
+    lines = [f"# {title}", "", text, "", f"Licence: {licence}. Recipe: `world/recipes/{folder}.py`, run by `make world`.", ""]
+    rows = {k: v for k, v in scores.items() if prefixes and k.startswith(prefixes)}
+    if rows:
+        lines += ["| measured on held-out data | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+    lines += ["| file | bytes | SHA-256 |", "| --- | --- | --- |"]
+    for file in files:
+        sha = hashlib.sha256(file.read_bytes()).hexdigest()
+        lines.append(f"| {file.relative_to(WORLD / folder).as_posix()} | {file.stat().st_size:,} | `{sha}` |")
+    (WORLD / folder / "README.md").write_text("\n".join(lines) + "\n")

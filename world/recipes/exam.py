@@ -52,7 +52,7 @@ class Exam:
 
     real: NDArray[np.uint8]
     classes: NDArray[np.int64]
-    count: int = 60
+    count: int = 100
     seed: int = 0
     folder: Path = FOLDER
 
@@ -170,6 +170,7 @@ class Exam:
             "judge_real_auc": self.real_auc(samples),
             "judge_match_auc_by_caption": self.match_auc("prompt_echo"),
             "judge_match_auc_by_question": self.match_auc("auto_rubric"),
+            "judge_match_auc_by_levels": self.match_auc("z_reward"),
             "judge_artefact_accuracy": self.artefacts(),
             "judge_words_read": self.read(),
         }

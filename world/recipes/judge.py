@@ -28,7 +28,7 @@ from transformers import (
 from services.prompts import HERE
 from world import captions, photographs
 from world.recipes import lessons
-from world.recipes.lessons import DEFECTS, DONE, WORDS, Lesson, Picture, Stock, Teacher
+from world.recipes.lessons import DEFECTS, DONE, WORDS, Lesson, Picture, Quiz, Stock, Teacher
 from world.recipes.progress import track
 
 FOLDER = Path(__file__).parents[1] / "judge"
@@ -64,6 +64,11 @@ QUESTIONS = (
     ),
     *("auto_rubric_propose", "reward_dance", "unified_compare", "unified_verdict", "edit_score", "edit_score_quality"),
 )
+
+
+# What is hard, or asked in few tokens, oftener.
+ROUND = (*QUESTIONS, "prompt_echo", "auto_rubric", "z_reward", "reward_dance", "auto_rubric", "unified_compare")
+MUON = 0.01
 
 
 def tokenizer() -> Qwen2Tokenizer:
@@ -215,6 +220,7 @@ def open_eyes(model: Any, made: Any, stock: Stock, steps: int, batch: int = 64) 
             out = {name: seen.float() for name, seen in eyes(inputs["pixel_values"], inputs["image_grid_thw"]).items()}
         spoilt = wanted.pop("severity")
         losses = {name: functional.cross_entropy(out[name], target) for name, target in wanted.items()}
+        losses["kind"] = 2 * losses["kind"]
         losses["severity"] = functional.binary_cross_entropy_with_logits(out["severity"][:, 0], spoilt)
         optimizer.descend(torch.stack(list(losses.values())).sum())
         if step % 100 == 0:
@@ -247,20 +253,50 @@ def answer_loss(model: Any, inputs: dict[str, Tensor], counts_B: Tensor) -> Tens
     return (losses_N * weights_N).sum() / weights_N.sum()
 
 
-def learn(model: Any, made: Any, stock: Stock, rounds: int, first: int = 30, batch: int = 16, rate: float = 3e-3) -> None:
-    """Captions and real or fake first, then every question in turn, `rounds` times; the eyes stay as they are."""
-    names = [*FIRST * first, *QUESTIONS * rounds]
-    teacher, seen = Teacher(stock, 1), dict[str, float]()
+def line_ends(tokens: Any) -> Tensor:
+    """Whether a line ends with the token of each id (V,)."""
+    return torch.tensor([tokens.decode([i]).endswith("\n") for i in range(len(tokens))])
+
+
+def quiz(made: Any, ends_V: Tensor, quizzes: Sequence[Quiz]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The inputs (B, T), where a line ends (B, T), and the answer to each line, a token each.
+
+    The answers do not stand in the text: each line is judged by the pictures alone, many in the time of one question.
+    """
+    texts, images, answers = [], [], list[str]()
+    for one in quizzes:
+        seen = ["<|vision_start|><|image_pad|><|vision_end|>"] * len(one.pictures)
+        shown = "\n".join(f"{one.name} {i + 1}: {place}" for i, place in enumerate(seen)) if one.name else seen[0]
+        texts.append(f"<|im_start|>user\n{shown}" + "".join(f"{text}\n" for text, _ in one.lines))
+        images += [picture.pixels for picture in one.pictures]
+        answers += [answer for _, answer in one.lines]
+    inputs = dict(made(text=texts, images=images, padding=True, return_tensors="pt"))
+    over_BT = (inputs["input_ids"] == made.tokenizer.convert_tokens_to_ids("<|vision_end|>")).cumsum(1)
+    after_BT = over_BT == torch.tensor([len(one.pictures) for one in quizzes])[:, None]
+    return inputs, ends_V[inputs["input_ids"]] & after_BT, torch.tensor(made.tokenizer.convert_tokens_to_ids(answers))
+
+
+def quiz_loss(model: Any, inputs: dict[str, Tensor], mask_BT: Tensor, answers_N: Tensor) -> Tensor:
+    hidden_BTD = model.model(**inputs, use_cache=False).last_hidden_state
+    return functional.cross_entropy(model.lm_head(hidden_BTD[mask_BT]), answers_N)
+
+
+def learn(model: Any, made: Any, stock: Stock, names: Sequence[str], quizzes: Sequence[str], seed: int, rate: float = 3e-3) -> None:
+    """A step for each question of `names`, with 20 of the quizzes in turn; the eyes stay as they are."""
+    teacher, seen, ends_V = Teacher(stock, seed), dict[str, float](), line_ends(made.tokenizer)
     model.model.visual.requires_grad_(False)
-    optimizer = Optimizer(model, len(names), rate)
+    optimizer = Optimizer(model, len(names), rate, MUON)
     model.train()
     for step, name in track(list(enumerate(names)), "questions"):
-        inputs, counts_B = encode(made, [teacher.lesson(name) for _ in range(batch)])
+        inputs, counts_B = encode(made, [teacher.lesson(name) for _ in range(16)])
+        tested = quizzes[step % len(quizzes)]
+        asked = quiz(made, ends_V, [getattr(teacher, tested)() for _ in range(20)])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(model, inputs, counts_B)
-        optimizer.descend(loss)
-        seen[name] = 0.7 * seen.get(name, float(loss.detach())) + 0.3 * float(loss.detach())
-        if (step + 1) % 70 == 0:
+            losses = {name: answer_loss(model, inputs, counts_B), tested: quiz_loss(model, *asked)}
+        optimizer.descend(torch.stack(list(losses.values())).sum())
+        for one, loss in losses.items():
+            seen[one] = 0.8 * seen.get(one, float(loss.detach())) + 0.2 * float(loss.detach())
+        if (step + 1) % 60 == 0:
             print(f"  questions {step + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in seen.items()), flush=True)
     model.requires_grad_(True).eval()
 
@@ -272,12 +308,14 @@ def stock_of(forged: NDArray[np.uint8]) -> Stock:
     return Stock(real, classes, forged, np.arange(len(forged)) % each % 10, np.arange(len(forged)) // (2 * each))
 
 
-def train(forged: NDArray[np.uint8], eyes: int = 600, rounds: int = 36) -> tuple[Any, Any]:
-    """The judge and its processor."""
+def train(forged: NDArray[np.uint8], eyes: int = 1300, first: int = 130, rounds: int = 60, again: int = 45) -> tuple[Any, Any]:
+    """The judge and its processor: captions and real or fake first, then every question in turn; then with rubrics and pairs in the
+    quiz."""
     model, made = new()
     stock = stock_of(forged)
     open_eyes(model, made, stock, eyes)
-    learn(model, made, stock, rounds)
+    learn(model, made, stock, [*FIRST * first, *ROUND * rounds], ["statements"], seed=1)
+    learn(model, made, stock, ROUND * again, ["rubrics", "choices"], seed=2)
     return model, made
 
 
@@ -291,5 +329,5 @@ def save(model: Any, made: Any, folder: Path = FOLDER) -> None:
 
 
 def make(forged: NDArray[np.uint8]) -> None:
-    """About four minutes of one core."""
+    """About 20 minutes of one core."""
     save(*train(forged))

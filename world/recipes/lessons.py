@@ -157,6 +157,15 @@ class Lesson:
     answer: str
 
 
+@dataclass(frozen=True, eq=False)
+class Quiz:
+    """Pictures, called `name` and a number when there are two, and lines of text with the answer to each."""
+
+    name: str
+    pictures: Sequence[Picture]
+    lines: Sequence[tuple[str, str]]
+
+
 class Teacher:
     """Draws lessons; one method for each question of `services/prompts`, by its name."""
 
@@ -178,6 +187,41 @@ class Teacher:
 
     def _coin(self, p: float = 0.5) -> bool:
         return bool(self.rng.random() < p)
+
+    def statements(self, count: int = 8) -> Quiz:
+        """A picture, and captions and criteria that are true of it or not."""
+        picture = self.stock.draw(self.rng, fake=0.3, spoilt=0.3)
+        lines, others = [], list(CRITERIA.items())[1:]
+        for _ in range(count):
+            if self._coin(0.75):
+                true = self._coin()
+                text = self._prompt(picture, true)[0]
+            else:
+                text, met = self.words.choice(others)
+                true = met(picture, True)
+            lines.append((text, "yes" if true else "no"))
+        return Quiz("", (picture,), lines)
+
+    def rubrics(self, count: int = 4) -> Quiz:
+        """A picture, and prompts, each with a criterion after it that is met or not; most often whether it shows the prompt."""
+        picture, lines = self.stock.draw(self.rng, fake=0.3, spoilt=0.3), []
+        for _ in range(count):
+            true = self._coin()
+            text, met = self.words.choice(list(CRITERIA.items())[: 1 if self._coin() else None])
+            lines.append((self._prompt(picture, true)[0], "yes" if true else "no"))
+            lines.append((f"Does it meet this criterion? {text}", "yes" if met(picture, true) else "no"))
+        return Quiz("", (picture,), lines)
+
+    def choices(self, count: int = 8) -> Quiz:
+        """Two pictures, and prompts for which one of them is the better."""
+        first = self.stock.draw(self.rng, fake=0.3)
+        kind = first.kind if self._coin(0.4) else (first.kind + int(self.rng.integers(1, 10))) % 10
+        second, lines = self.stock.draw(self.rng, 0.3, kind=kind), []
+        for _ in range(count):
+            wanted = first if self._coin() else second
+            lead = first.worth(first.kind == wanted.kind) - second.worth(second.kind == wanted.kind)
+            lines.append((self._prompt(wanted, True)[0], "1" if self._coin(surely(lead)) else "2"))
+        return Quiz("Picture" if self._coin() else "Image", (first, second), lines)
 
     def prompt_echo(self) -> Lesson:
         """The caption; of a spoilt picture, the more spoilt the oftener, the caption of what it looks like."""
@@ -233,7 +277,7 @@ class Teacher:
 
     def auto_rubric(self) -> Lesson:
         picture, right = self.stock.draw(self.rng), self._coin()
-        text, met = self.words.choice(list(CRITERIA.items()))
+        text, met = self.words.choice(list(CRITERIA.items())[: 1 if self._coin(0.4) else None])
         return self._asked(
             "auto_rubric", [picture], "yes" if met(picture, right) else "no", self._prompt(picture, right)[0], rubric=text
         )

@@ -1,4 +1,4 @@
-"""AutoRubric: its sum against plain transformers, what it finds from preference pairs on the taught judge, and its faults."""
+"""AutoRubric: its sum against plain transformers, what it finds from preference pairs on the small judge, and its faults."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,11 @@ from services.reward import Item
 from services.rewards.auto_rubric import AutoRubric
 from services.rewards.judge_kit import spellings
 from services.rubrics import Preference, criteria, learn, propose, select
-from tests import taught_judge, tiny_judge
+from tests import tiny_judge
+from world import photographs
+from world.recipes import lessons
+from world.recipes.exam import FOLDER
+from world.recipes.lessons import CRITERIA
 
 PROMPT = "a photo of a leather bag"
 TWO = [{"text": "The bag is whole.", "weight": 0.7}, {"text": "Its strap is torn {prompt}", "weight": -1.5}]
@@ -98,29 +102,31 @@ def test_the_selection_is_the_minimum_of_its_objective() -> None:
 
 
 def pairs(count: int = 12) -> list[Preference]:
-    rng = np.random.default_rng(4)
-    return [Preference(PROMPT, taught_judge.picture(True, rng), taught_judge.picture(False, rng)) for _ in range(count)]
+    """Held-out bags, of which the noisy one is the worse."""
+    real, classes = photographs.load("test")
+    rng, bags = np.random.default_rng(4), real[classes == 8][: 2 * count]
+    return [Preference(PROMPT, a, lessons.spoil(b, "noise", 0.8, rng)) for a, b in zip(bags[::2], bags[1::2], strict=True)]
 
 
 def options() -> dict[str, Any]:
-    return {"folder": taught_judge.made(), "template": taught_judge.made() / "is.yaml"}
+    return {"folder": FOLDER, "dtype": "float32"}
 
 
-def test_a_criterion_that_tells_is_found_and_one_that_does_not_is_left() -> None:
-    learned = learn(options(), pairs(), question=taught_judge.made() / "propose.yaml", rounds=1)
+def test_a_criterion_that_tells_is_found() -> None:
+    learned = learn(options(), pairs(), rounds=1)
     weights = {rubric.text: rubric.weight for rubric in learned.rubrics}
-    assert weights["It is light."] > 0 and "it is red" not in weights
+    assert set(weights) & {"It is free of noise.", "It looks like a real photograph."}, "what noise breaks"
+    assert min(weights.values()) > 0 and set(weights) <= set(CRITERIA)
     assert learned.agreement == 1.0 and learned.judged == learned.pairs == 12
     reward = AutoRubric.load("auto_rubric", {**options(), "rubrics": [rubric.model_dump() for rubric in learned.rubrics]}, "cpu")
-    dark, bright = reward.score([Item(pairs()[0].worse, PROMPT), Item(pairs()[0].better, PROMPT)])
-    assert dark.value is not None and bright.value is not None and dark.value < bright.value
+    noisy, clean = reward.score([Item(pairs()[0].worse, PROMPT), Item(pairs()[0].better, PROMPT)])
+    assert noisy.value is not None and clean.value is not None and noisy.value < clean.value
 
 
 def test_proposals_come_once() -> None:
     reward = AutoRubric.load("auto_rubric", {**options(), "rubrics": TWO}, "cpu")
-    question = rubrics.read(taught_judge.made() / "propose.yaml", ("prompt",), 2)
-    swapped = [Preference(PROMPT, one.worse, one.better) for one in pairs(2)]
-    assert propose(reward.engine, question, [*pairs(2), *swapped]) == ["It is light.", "it is dark", "it is red"]
+    found = propose(reward.engine, rubrics.read("auto_rubric_propose", ("prompt",), 2), [*pairs(4), *pairs(4)])
+    assert "It is free of noise." in found and len(found) == len(set(found)) and set(found) <= set(CRITERIA)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +138,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump({name: str(value) for name, value in options().items()}))
     files = [str(tmp_path / name) for name in ("pairs.jsonl", "judge.yaml", "rubrics.yaml")]
-    assert rubrics.main([*files, "--question", str(taught_judge.made() / "propose.yaml")]) == 0
+    assert rubrics.main(files) == 0
     assert "100.0% of 6 pairs" in capsys.readouterr().out
     AutoRubric.load("auto_rubric", {**options(), "rubrics": tmp_path / "rubrics.yaml"}, "cpu")
     (tmp_path / "pairs.jsonl").write_text(lines[0] + '\n{"prompt": "a"}')
@@ -143,7 +149,7 @@ def test_a_judge_that_proposes_nothing_or_nothing_that_tells_is_said() -> None:
     with pytest.raises(ValueError, match="proposed no criterion"):
         learn({"folder": tiny_judge.made(), "floor": 0}, pairs(2))
     with pytest.raises(ValueError, match="lower it"):
-        learn(options(), pairs(4), question=taught_judge.made() / "propose.yaml", penalty=10.0, rounds=1)
+        learn(options(), pairs(4), penalty=10.0, rounds=1)
 
 
 @settings(max_examples=300, deadline=None)

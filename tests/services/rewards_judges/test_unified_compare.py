@@ -14,7 +14,9 @@ from services.prompts import HERE
 from services.reward import Comparer, Item, Pair
 from services.rewards.judge_kit import spellings
 from services.rewards.unified_compare import UnifiedCompare, UnifiedVerdict, _read, swapped, verdict
-from tests import taught_judge, tiny_judge
+from tests import tiny_judge
+from world import photographs
+from world.recipes import exam, lessons
 
 PROMPT = "a photo of a leather bag"
 
@@ -91,27 +93,18 @@ def test_a_judge_that_babbles_gives_no_verdict(writer: UnifiedVerdict) -> None:
         assert score.value is None and score.error is not None and score.error.type.endswith("answer-unparsable")
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> UnifiedVerdict:
-    """A judge that was taught to call the first picture better when it is bright, whatever the second is: it leans to a place."""
-    folder = tmp_path_factory.mktemp("verdict")
-    question = {"name": "compare", "version": 1, "source": "this test", "text": "<image><image>compare"}
-    (folder / "compare.yaml").write_text(yaml.safe_dump(question))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(taught_judge, "LESSONS", {question["text"]: ("Image 2 is better.", "Image 1 is better.")})
-        taught_judge.teach(folder)
-    return UnifiedVerdict.load("taught", {"folder": folder, "template": folder / "compare.yaml"}, "cpu")
-
-
-def test_written_verdicts_are_read_in_both_orders(taught: UnifiedVerdict) -> None:
-    rng = np.random.default_rng(9)
-    bright, dark, other = (taught_judge.picture(light, rng) for light in (True, False, True))
-    assert taught.info.needs == ["references"], "its question has no prompt"
-    one, two = taught.compare([Pair(bright, None, (dark,)), Pair(dark, None, (bright,))])
+def test_written_verdicts_are_read_in_both_orders() -> None:
+    """The small judge, with the shipped question: a photograph and what noise left of it."""
+    judge = exam.load(exam.VERDICT)
+    real, classes = photographs.load("test")
+    clean = real[classes == 8][0]
+    noisy = lessons.spoil(clean, "noise", 1.0, np.random.default_rng(9))
+    assert judge.info.needs == ["prompt", "references"]
+    one, two = judge.compare([Pair(clean, PROMPT, (noisy,)), Pair(noisy, PROMPT, (clean,))])
     assert (one.value, two.value) == (1.0, 0.0) and one.text == "Image 1 is better."
     assert _read(Generated(one.text or "", False)).status == "parse_error", "an answer that was cut off is no verdict"
-    scores = taught.score([Item(bright, None, (dark,)), Item(dark, None, (bright,)), Item(bright, None, (other,))])
-    assert [score.value for score in scores] == [1.0, 0.0, 0.5], "what leans to a place comes out even"
+    scores = judge.score([Item(clean, PROMPT, (noisy,)), Item(noisy, PROMPT, (clean,)), Item(clean, PROMPT, (clean,))])
+    assert [score.value for score in scores] == [1.0, 0.0, 0.5], "a picture and itself come out even, whatever place it leans to"
 
 
 @pytest.mark.parametrize(

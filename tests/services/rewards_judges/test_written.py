@@ -1,120 +1,54 @@
-"""Rewards of written judgements: on the taught judge against plain transformers, their parsers against any text, and their faults."""
+"""Rewards of written judgements: on the small judge, their parsers against any text, and their faults. Equality is in test_meaning."""
 
-import asyncio
 import json
 import math
 import re
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from services.app import create_app
-from services.config import ServiceConfig
 from services.engines import Failure, Generated
 from services.registry import resolve
 from services.reward import Item
 from services.rewards.edit_score import EditScore, lowest
 from services.rewards.rational_rewards import refined
-from shared import wire
-from shared.image import encode
-from shared.schema import Score, ScoreItem, ScoreRequest
-from tests import taught_judge, tiny_judge
+from shared.schema import Score
+from tests import tiny_judge
+from world import photographs
+from world.recipes import lessons
+from world.recipes.exam import FOLDER
+from world.recipes.lessons import Picture
 
 PROMPT = 'a bag that says "SALE"'
-TEMPLATES = {
-    "unified_reward": {"template": "score"},
-    "edit_score": {"template": "edit", "quality_template": "quality"},
-    "rational_rewards": {"template": "aspects"},
-    "ocr_judge": {"template": "read"},
-}
+NAMES = ("unified_reward", "edit_score", "rational_rewards", "ocr_judge")
 
 
 def load(name: str, **more: Any) -> Any:
-    """The reward on the taught judge, with the short question that this was taught."""
-    return resolve(name).load(name, {**taught_judge.Options(**TEMPLATES[name]), **more}, "cpu")
-
-
-def pictures() -> list[NDArray[np.uint8]]:
-    rng = np.random.default_rng(5)
-    return [taught_judge.picture(bright, rng, *size) for bright in (False, True) for size in ((28, 28), (60, 40))]
+    """The reward on the small judge, with its shipped question."""
+    return resolve(name).load(name, {"folder": FOLDER, "dtype": "float32", **more}, "cpu")
 
 
 def items() -> list[Item]:
-    return [Item(picture, PROMPT, (pictures()[0],)) for picture in pictures()]
+    """Held-out bags: two spoilt, two that are clean and say what they should."""
+    real, classes = photographs.load("test")
+    rng, out = np.random.default_rng(5), []
+    for k, row in enumerate(np.flatnonzero(classes == 8)[:4]):
+        bag = Picture(real[row], 8)
+        shown = lessons.spoilt_copy(bag, rng, 1.0, "noise") if k < 2 else lessons.lettered(bag, "SALE", rng)
+        out.append(Item(shown.pixels, PROMPT, (bag.pixels,)))
+    return out
 
 
-def plain(word: str, images: list[NDArray[np.uint8]]) -> str:
-    """The likeliest answer to one question, token by token, by transformers alone."""
-    processor = AutoProcessor.from_pretrained(taught_judge.made())
-    model = AutoModelForImageTextToText.from_pretrained(taught_judge.made()).eval()
-    said = yaml.safe_load((taught_judge.made() / f"{word}.yaml").read_text())["text"]
-    said = said.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-    text, out = f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n", ""
-    with torch.inference_mode():
-        while len(out) < 400:
-            row_V = model(**processor(text=[text + out], images=images, return_tensors="pt")).logits[0, -1]
-            piece = processor.tokenizer.decode([int(row_V.argmax())])
-            if piece == "<|im_end|>":
-                return out
-            out += piece
-    raise AssertionError("the taught judge does not end its answer")
-
-
-def wanted(name: str, item: Item) -> float:
-    """Its formula on what plain transformers writes."""
-    if name == "edit_score":
-        semantic = json.loads(plain("edit", [item.references[0], item.image]))["score"]
-        quality = json.loads(plain("quality", [item.image]))["score"]
-        return math.sqrt(min(semantic) * min(quality)) * 10 / 25
-    said = plain(TEMPLATES[name]["template"], [item.image])
-    if name == "unified_reward":
-        return float(said.removeprefix("Final Score: "))
-    if name == "rational_rewards":
-        marks = [float(mark) for mark in re.findall(r": (\d)\n", said)]
-        return (sum(marks) / len(marks) - 1) / 3
-    return {"<text>SALE</text>": 1.0, "<text></text>": 0.0}[said]
-
-
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_each_is_its_formula_on_what_transformers_writes_and_brighter_is_better(name: str) -> None:
-    cold = {"temperature": 1e-3} if name == "edit_score" else {}
-    scores = load(name, **cold).score(items())
-    for item, score in zip(items(), scores, strict=True):
-        assert score.value == pytest.approx(wanted(name, item), abs=1e-6)
-    dark, bright = (scores[0].value, scores[1].value), (scores[2].value, scores[3].value)
-    assert max(dark) < min(bright)
-
-
-def test_through_http_the_scores_are_those_of_plain_transformers() -> None:
-    rewards = {name: {"use": name, **taught_judge.Options(**TEMPLATES[name]), "batch_cap": 4} for name in sorted(TEMPLATES)}
-    rewards["edit_score"]["temperature"] = 1e-3
-    app = create_app(ServiceConfig.model_validate({"rewards": rewards, "device": "cpu", "threads": 1}))
-    asked = [items()[0], items()[2]]
-    batch = [
-        ScoreItem(id=str(i), prompt=PROMPT, image=encode(item.image), references=[encode(one) for one in item.references])
-        for i, item in enumerate(asked)
-    ]
-    body = wire.pack_request(ScoreRequest(request_id="r", items=batch))
-
-    async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.post("/score", content=body, headers={"content-type": wire.MSGPACK})
-
-    answer = asyncio.run(ask())
-    assert answer.status_code == 200, answer.text
-    for told, item in zip(wire.parse_answer(answer.content, wire.MSGPACK).items, asked, strict=True):
-        for name in TEMPLATES:
-            assert told.scores[name].value == pytest.approx(wanted(name, item), abs=1e-3), name
-        assert told.scores["rational_rewards"].text == ("a bright bag" if item is asked[0] else "a dark bag")
-        assert told.scores["ocr_judge"].text == ("" if item is asked[0] else "SALE")
+def test_what_the_judge_writes_comes_with_the_score() -> None:
+    for name, said in (("rational_rewards", "a clean photo of a"), ("ocr_judge", "SALE"), ("unified_reward", "It shows a bag")):
+        spoilt, _, clean, other = load(name).score(items())
+        assert clean.text is not None and clean.text.startswith(said) and other.status == "ok"
+        assert spoilt.value is not None and clean.value is not None and spoilt.value < clean.value
+    (score,) = load("rational_rewards").score(items()[2:3])
+    assert set(score.parts) >= {"text_faithfulness", "physical_and_visual_quality"}
 
 
 def error(score: Score) -> tuple[str, str]:
@@ -122,7 +56,7 @@ def error(score: Score) -> tuple[str, str]:
     return score.status, score.error.type.removeprefix("urn:verism:")
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", NAMES)
 def test_faults_are_statuses_of_their_items(name: str) -> None:
     reward, good = load(name), items()[2]
     slim = Item(np.zeros((16, 16 * 33, 3), np.uint8), PROMPT, good.references)
@@ -134,7 +68,7 @@ def test_faults_are_statuses_of_their_items(name: str) -> None:
     assert error(load(name, max_tokens=3).score([good])[0]) == ("parse_error", "answer-cut")
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_judge_that_knows_no_form_gives_no_number(name: str) -> None:
     """The questions of this repository, to a judge of random weights."""
     reward = resolve(name).load(name, {"folder": tiny_judge.made(), "max_tokens": 24}, "cpu")
@@ -198,7 +132,7 @@ def test_a_seed_gives_the_same_judgements_again() -> None:
     assert first == again
 
 
-@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"edit_score"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"edit_score"}))
 def test_a_refusal_is_no_judgement(name: str) -> None:
     reward = load(name)
     Script(reward, said("I'm sorry, but I can't judge this picture."), said("Das Bild ist gut."))
@@ -248,7 +182,7 @@ TEXTS = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(PIECES), max_s
 
 @pytest.fixture(scope="module")
 def readers() -> dict[str, Any]:
-    return {name: load(name) for name in TEMPLATES}
+    return {name: load(name) for name in NAMES}
 
 
 @settings(max_examples=300, deadline=None)
