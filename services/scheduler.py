@@ -64,7 +64,7 @@ class ServiceTime:
     """Seconds of a batch of n as a n + b, refitted from the batches seen (exponentially forgetting least squares)."""
 
     keep: float = 0.97
-    _s: list[float] = field(default_factory=lambda: [1e-3, 0.0, 0.0, 0.0, 0.0])  # weight, n, n^2, t, n t
+    _s: list[float] = field(default_factory=lambda: [0.0] * 5)  # weight, n, n^2, t, n t
 
     def observe(self, n: int, seconds: float) -> None:
         self._s = [self.keep * old + new for old, new in zip(self._s, (1, n, n * n, seconds, n * seconds), strict=True)]
