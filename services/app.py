@@ -27,11 +27,11 @@ from services.config import RewardConfig, ServiceConfig
 from services.http import PROBLEM, REQUEST_BODY, Buffers, Door, not_a_page, parse, read_body, while_asked
 from services.metrics import Metrics
 from services.registry import resolve
-from services.reward import Item
+from services.reward import Item, require_version
 from services.scheduler import Admission, Answered, Lane
 from services.worker import best_threads, pick_device, warm_up
 from shared import compare_wire, wire
-from shared.errors import BadImage, DeadlineExceeded, NotReady, UnknownReward, VerismError, WrongVersion
+from shared.errors import BadImage, DeadlineExceeded, NotReady, UnknownReward, VerismError
 from shared.image import decode
 from shared.schema import (
     MAX_ITEMS,
@@ -207,10 +207,10 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
         for name in names:
             if name not in state.rewards:
                 raise UnknownReward(f"unknown reward {name!r}; this service has: {', '.join(state.rewards)}")
-        for name in request.require_version or {}:
+        for name, version in (request.require_version or {}).items():
             if name not in state.rewards:
                 raise UnknownReward(f"unknown reward {name!r} in require_version; this service has: {', '.join(state.rewards)}")
-            _require(request, state.rewards[name].info)
+            require_version(version, state.rewards[name].info)
         return list(dict.fromkeys(names))
 
     def decode_items(
@@ -273,7 +273,7 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
 
         while True:
             info = served.info
-            _require(asked, info)
+            require_version((asked.require_version or {}).get(info.name), info)
             cached = cache.size and _repeats(asked) and all(not item.meta for item, _, _ in good)
             try:
                 if cached:
@@ -295,11 +295,11 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
             plain = list(dict.fromkeys(p for n in names for p in (state.rewards[n].parts or (n,))))
             rows = await _all([score_one(name, asked, items, deadline) for name in plain])
         by_name = {name: scores for name, (scores, _, _) in zip(plain, rows, strict=True)}
-        used = {name: _used(info) for name, (_, info, _) in zip(plain, rows, strict=True)}
+        used = {name: RewardUsed.of(info) for name, (_, info, _) in zip(plain, rows, strict=True)}
         for name in names:
             composition = state.rewards[name].composition
             if composition is not None:
-                used[name] = _used(composition.info)
+                used[name] = RewardUsed.of(composition.info)
                 by_name[name] = [composition.compose({p: by_name[p][i] for p in composition.parts}) for i in range(len(items))]
             metrics.scored(name, by_name[name])
         done = time.perf_counter()
@@ -468,12 +468,6 @@ async def _all(coroutines: Sequence[Any]) -> list[Any]:
             task.cancel()
 
 
-def _require(asked: ScoreRequest, info: RewardInfo) -> None:
-    version = (asked.require_version or {}).get(info.name)
-    if version is not None and version != info.version:
-        raise WrongVersion(f"{info.name} is at version {info.version}, not {version}", observed=info.version, limit=version)
-
-
 def _repeats(asked: ScoreRequest) -> bool:
     """Whether its pictures may come again. Those of a training step never do: to look for them in the cache is work for nothing."""
     return asked.priority != "train"
@@ -486,10 +480,6 @@ def _is_raw(item: ScoreItem) -> bool:
 def _first_composition(rewards: Mapping[str, Served]) -> list[str]:
     """Everything, compositions such as realism first."""
     return sorted(rewards, key=lambda name: not rewards[name].parts)
-
-
-def _used(info: RewardInfo) -> RewardUsed:
-    return RewardUsed(version=info.version, weights_sha256=info.weights_sha256, preprocessing=info.preprocessing)
 
 
 KEY_SCHEMES = {  # services/auth.py takes either

@@ -13,13 +13,12 @@ Each pair is a line of the file as soon as it is judged. The same command again 
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from services.compare import consistent
+from services.compare import consistent, plus_four
 from services.config import RewardConfig
 from services.registry import resolve
 from services.reward import Comparer, Pair
@@ -65,31 +64,16 @@ def matches(a: Sequence[str], b: Sequence[str], pairs: int | None, seed: int) ->
     rng = np.random.default_rng(seed)
     if set(a) == set(b):
         return [(a[i], a[i]) for i in sorted(rng.permutation(len(a))[:pairs])]
-    everything = len(a) * len(b)
-    count = min(pairs or max(len(a), len(b)), everything)
-    if 2 * count > everything:
-        return [(a[k // len(b)], b[k % len(b)]) for k in rng.permutation(everything)[:count].tolist()]
-    found: dict[Match, None] = {}
-    one, other = _shuffled(a, rng), _shuffled(b, rng)
-    while len(found) < count:
-        name = next(one)
-        free = (pair for pair in zip(itertools.repeat(name), other, strict=False) if pair not in found)
-        met = sum(pair[0] == name for pair in found) if len(found) >= len(a) else 0
-        if met < len(b):
-            found[next(free)] = None
-    return list(found)
-
-
-def _shuffled(names: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-    while True:
-        yield from (names[i] for i in rng.permutation(len(names)))
+    one, other = ([several[i] for i in rng.permutation(len(several))] for several in (a, b))
+    turn = math.lcm(len(a), len(b))  # pairs until the two go round together; then `b` moves on by one
+    count = min(pairs or max(len(a), len(b)), len(a) * len(b))
+    return [(one[k % len(a)], other[(k + k // turn) % len(b)]) for k in range(count)]
 
 
 def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
     """Of lines that hold `verdict`, `forward` and `backward`."""
     verdicts = [row["verdict"] for row in rows if row["verdict"] is not None]
     count, total = len(verdicts), math.fsum(verdicts)
-    q = (total + 1) / (count + 2)
     shown = [(row["forward"] + row["backward"]) / 2 for row in rows if row["verdict"] is not None]
     return Standing(
         wins=verdicts.count(1.0),
@@ -97,14 +81,14 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
         ties=verdicts.count(0.5),
         missing=len(rows) - count,
         rate=total / count if count else None,
-        error=math.sqrt(q * (1 - q) / (count + 2)) if count else None,
+        error=float(plus_four(total, count)) if count else None,
         shown_first=math.fsum(shown) / count if count else None,
     )
 
 
 def asked(judge: Comparer, pairs: Sequence[Pair], sleep: Callable[[float], None] = time.sleep) -> list[tuple[Score, Score]]:
     """Both orders of each pair; what fails retryably is asked again after each of PAUSES_S."""
-    both = [one for pair in pairs for one in (pair, Pair(pair.references[0], pair.prompt, (pair.image,)))]
+    both = [one for pair in pairs for one in (pair, pair.swapped)]
     scores = judge.compare(both)
     for pause in PAUSES_S:
         again = [i for i, score in enumerate(scores) if score.error is not None and score.error.retryable]

@@ -6,6 +6,7 @@ p_NN[i, j] is P(i beats j), NaN where they did not meet or the verdict is missin
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +38,24 @@ def consistent(forward: float | None, backward: float | None) -> float | None:
     return 0.5 if first * second <= 0 else float(first > 0)
 
 
-def win_rates(p_NN: NDArray[np.float64], hard: bool = False) -> Rates:
-    """Mean verdict by row; `hard` makes each a win, a tie or a loss first, as Pref-GRPO counts: (wins + ties/2) / pairs.
-
-    The standard error is the plus-four one of a proportion (Agresti and Coull, 1998): sqrt(q (1 - q) / (m + 2)) with
-    q = (sum + 1) / (m + 2) over m verdicts. It is never 0, and for soft verdicts it errs on the large side.
+def plus_four(total: Any, count: Any) -> Any:
+    """Standard error of a mean verdict, from the sum of `count` of them (floats or arrays): the plus-four one of a proportion (Agresti
+    and Coull, 1998), sqrt(q (1 - q) / (m + 2)) with q = (sum + 1) / (m + 2). It is never 0, and for soft verdicts it errs on the large side.
     """
+    q = (total + 1) / (count + 2)
+    return np.sqrt(q * (1 - q) / (count + 2))
+
+
+def win_rates(p_NN: NDArray[np.float64], hard: bool = False) -> Rates:
+    """Mean verdict by row; `hard` makes each a win, a tie or a loss first, as Pref-GRPO counts: (wins + ties/2) / pairs."""
     known_NN = np.isfinite(p_NN)
     won_NN = np.where(known_NN, p_NN, 0.0)
     if hard:
         won_NN = np.where(known_NN, np.where(np.abs(won_NN - 0.5) <= EVEN, 0.5, np.round(won_NN)), 0.0)
     m_N, sum_N = known_NN.sum(1), won_NN.sum(1)
-    q_N = (sum_N + 1) / (m_N + 2)
     none_N = m_N == 0
     rate_N = np.where(none_N, np.nan, sum_N / np.maximum(m_N, 1))
-    return Rates(rate_N, np.where(none_N, np.nan, np.sqrt(q_N * (1 - q_N) / (m_N + 2))), m_N)
+    return Rates(rate_N, np.where(none_N, np.nan, plus_four(sum_N, m_N)), m_N)
 
 
 class Tournament:

@@ -5,6 +5,7 @@ A pair is two questions on the reward's own lane, one for each order; those of a
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 from services import telemetry
 from services.compare import Tournament, both_orders, win_rates
 from services.metrics import Metrics
-from services.reward import Comparer, Item, Pair
+from services.reward import Comparer, Item, Pair, require_version
 from services.scheduler import Lane
 from services.worker import RewardWork
-from shared import compare_wire, wire
-from shared.errors import Invalid, UnknownReward, WrongVersion
+from shared import wire
+from shared.errors import Invalid, UnknownReward
 from shared.schema import (
     CompareAnswer,
     CompareGroup,
@@ -79,15 +80,9 @@ def lane_of(asked: CompareRequest, rewards: Mapping[str, Any]) -> Lane[Item, Sco
     if not isinstance(served.reward, Comparer):
         able = ", ".join(name for name, one in rewards.items() if isinstance(one.reward, Comparer))
         raise Invalid(f"reward: {asked.reward!r} scores single pictures and cannot compare; here can: {able or 'none'}")
-    _require(asked, served.info)
+    require_version(asked.require_version, served.info)
     lane: Lane[Item, Score] = served.lane
     return lane
-
-
-def _require(asked: CompareRequest, info: RewardInfo) -> None:
-    if asked.require_version is not None and asked.require_version != info.version:
-        title = f"{info.name} is at version {info.version}, not {asked.require_version}"
-        raise WrongVersion(title, observed=info.version, limit=asked.require_version)
 
 
 def uploads(asked: CompareRequest) -> list[ScoreItem]:
@@ -145,8 +140,8 @@ class _Group:
             bad, position = (one, pair[0]) if isinstance(one, Score) else (other, pair[1])
             assert isinstance(bad, Score) and bad.error is not None
             return bad.error.model_copy(update={"title": f"picture {self.images[position]}: {bad.error.title}"})
-        first, second, prompt = one[0].image, other[0].image, self.group.prompt
-        return Pair(first, prompt, (second,)), Pair(second, prompt, (first,))
+        asked = Pair(one[0].image, self.group.prompt, (other[0].image,))
+        return asked, asked.swapped
 
     def record(self, pair: tuple[int, int], said: tuple[Score, Score] | Problem) -> None:
         """The answers in both orders, or the problem of the pair."""
@@ -164,7 +159,7 @@ class _Group:
 
     def answer(self, pictures: Sequence[Picture]) -> GroupAnswer:
         rates = win_rates(self.tournament.p_NN, self.hard)
-        asked = [sum(i in pair for pair in self.verdicts) for i in range(len(self.images))]
+        asked = Counter(i for pair in self.verdicts for i in pair)
         items = []
         for i, position in enumerate(self.images):
             picture, known = pictures[position], int(rates.known_N[i])
@@ -211,7 +206,7 @@ async def compared(
                 group.record(pair, both if isinstance(both, Problem) else (next(said), next(said)))
         else:
             assert info is not None
-            _require(asked, info)
+            require_version(asked.require_version, info)
             return [group.answer(pictures) for group in groups], info
 
 
@@ -238,7 +233,8 @@ async def answer(
     stages = {"read": read - started, "decode": decoded - read, "compare": done - decoded, "total": done - started}
     for stage, seconds in stages.items():
         metrics.stage_seconds.labels(stage).observe(seconds)
-    used = RewardUsed(version=info.version, weights_sha256=info.weights_sha256, preprocessing=info.preprocessing)
     timing_ms = {stage: round(1000 * seconds, 3) for stage, seconds in stages.items()}
-    made = CompareAnswer(request_id=asked.request_id, rewards={asked.reward: used}, groups=groups, timing_ms=timing_ms)
-    return compare_wire.render_answer(made, kind)
+    made = CompareAnswer(
+        request_id=asked.request_id, rewards={asked.reward: RewardUsed.of(info)}, groups=groups, timing_ms=timing_ms
+    )
+    return wire.render_answer(made, kind)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import WrongVersion
 from shared.schema import RewardInfo, Score
 
 
@@ -23,6 +24,11 @@ class Item:
 @dataclass(frozen=True)
 class Pair(Item):
     """`image` is shown first, `references[0]` second, in this order only; `meta` is empty."""
+
+    @property
+    def swapped(self) -> "Pair":
+        """The same two, the other one first."""
+        return Pair(self.references[0], self.prompt, (self.image,))
 
 
 @runtime_checkable
@@ -48,3 +54,9 @@ class Comparer(Reward, Protocol):
     def compare(self, pairs: Sequence[Pair]) -> list[Score]:
         """Same length and order: P(the picture that is shown first wins) in [0, 1], a tie 0.5, or Score.failed(...)."""
         ...
+
+
+def require_version(wanted: int | None, info: RewardInfo) -> None:
+    """WrongVersion when a caller wants other weights than these."""
+    if wanted is not None and wanted != info.version:
+        raise WrongVersion(f"{info.name} is at version {info.version}, not {wanted}", observed=info.version, limit=wanted)

@@ -4,6 +4,7 @@ Everything here is plain data. A number exists only where a model gave one: a fa
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -119,6 +120,16 @@ class ImageData(Frozen):
     data: bytes
 
 
+def _check_prompt(prompt: str | None) -> None:
+    if prompt is not None and len(prompt.encode()) > PROMPT_BYTES:
+        raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+
+
+def _check_ids(what: str, ids: Sequence[str]) -> None:
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{what} ids repeat; give each {what} its own id")
+
+
 class ScoreItem(Frozen):
     """One picture to score."""
 
@@ -131,8 +142,7 @@ class ScoreItem(Frozen):
 
     @model_validator(mode="after")
     def _short_prompt(self) -> Self:
-        if self.prompt is not None and len(self.prompt.encode()) > PROMPT_BYTES:
-            raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+        _check_prompt(self.prompt)
         return self
 
 
@@ -148,9 +158,7 @@ class ScoreRequest(Frozen):
 
     @model_validator(mode="after")
     def _unique_ids(self) -> Self:
-        ids = [item.id for item in self.items]
-        if len(set(ids)) != len(ids):
-            raise ValueError("item ids repeat; give each item its own id")
+        _check_ids("item", [item.id for item in self.items])
         return self
 
 
@@ -160,6 +168,10 @@ class RewardUsed(Frozen):
     version: int
     weights_sha256: str | None = None
     preprocessing: str
+
+    @classmethod
+    def of(cls, info: RewardInfo) -> Self:
+        return cls(version=info.version, weights_sha256=info.weights_sha256, preprocessing=info.preprocessing)
 
 
 class ItemAnswer(Frozen):
@@ -192,8 +204,7 @@ class CompareGroup(Frozen):
 
     @model_validator(mode="after")
     def _short_prompt(self) -> Self:
-        if self.prompt is not None and len(self.prompt.encode()) > PROMPT_BYTES:
-            raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+        _check_prompt(self.prompt)
         return self
 
 
@@ -215,9 +226,7 @@ class CompareRequest(Frozen):
 
     @model_validator(mode="after")
     def _unique_ids(self) -> Self:
-        ids = [group.id for group in self.groups]
-        if len(set(ids)) != len(ids):
-            raise ValueError("group ids repeat; give each group its own id")
+        _check_ids("group", [group.id for group in self.groups])
         if self.rounds is not None and self.plan != "swiss":
             raise ValueError("`rounds` belongs to plan swiss; leave it away")
         if self.plan != "anchor" and any(group.anchors for group in self.groups):

@@ -7,11 +7,11 @@ the fields `prompt`, `rewards`, `request_id`, `priority`, `deadline_ms`.
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import pybase64
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from shared.errors import BadImage, BadRequest, Invalid, UnsupportedMedia
 from shared.image import from_file
@@ -31,6 +31,7 @@ JSON, MSGPACK, MULTIPART = "application/json", "application/msgpack", "multipart
 Body = bytes | bytearray | memoryview
 OWN_CHUNK = 1 << 16  # pictures of fewer bytes travel in one chunk with what stands before them
 _PACK = msgspec.msgpack.Encoder()
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ def media_type(header: str | None) -> str:
     return bare
 
 
-def _checked(raw: Any) -> ScoreRequest:
+def checked(model: type[M], raw: Any, several: str) -> M:
+    """`raw` as a request, with ids made up where it and its `several` have none. Invalid names the first place that is wrong."""
     if isinstance(raw, dict):
         raw.setdefault("request_id", uuid.uuid4().hex)
-        for index, item in enumerate(raw["items"] if isinstance(raw.get("items"), list) else []):
-            if isinstance(item, dict):
-                item.setdefault("id", str(index))
+        for index, one in enumerate(raw[several] if isinstance(raw.get(several), list) else []):
+            if isinstance(one, dict):
+                one.setdefault("id", str(index))
     try:
-        return ScoreRequest.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = ""
@@ -77,7 +79,7 @@ def _checked(raw: Any) -> ScoreRequest:
         raise Invalid(f"{path or 'request'}: {first['msg']}{more}") from error
 
 
-def _decode_base64(image: Any, path: str) -> None:
+def decode_base64(image: Any, path: str) -> None:
     if isinstance(image, dict) and isinstance(image.get("data"), str):
         try:
             image["data"] = pybase64.b64decode(image["data"], validate=True)
@@ -85,14 +87,14 @@ def _decode_base64(image: Any, path: str) -> None:
             raise Invalid(f"{path}.data: not base64") from error
 
 
-def _refuse_pickle(body: Body) -> None:
+def refuse_pickle(body: Body) -> None:
     if body[:1] == b"\x80" and body[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise UnsupportedMedia("this is a pickle; pickles are never read. Send msgpack: shared.client does")
 
 
 def parse_json(body: bytes) -> Parsed:
     """BadRequest when it is no JSON, Invalid when it is not a request."""
-    _refuse_pickle(body)
+    refuse_pickle(body)
     try:
         raw = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -100,11 +102,11 @@ def parse_json(body: bytes) -> Parsed:
     if isinstance(raw, dict) and isinstance(raw.get("items"), list):
         for index, item in enumerate(raw["items"]):
             if isinstance(item, dict):
-                _decode_base64(item.get("image"), f"items[{index}].image")
+                decode_base64(item.get("image"), f"items[{index}].image")
                 references = item.get("references")
                 for number, reference in enumerate(references if isinstance(references, list) else []):
-                    _decode_base64(reference, f"items[{index}].references[{number}]")
-    return Parsed(_checked(raw), {})
+                    decode_base64(reference, f"items[{index}].references[{number}]")
+    return Parsed(checked(ScoreRequest, raw, "items"), {})
 
 
 def parse_msgpack(body: Body) -> Parsed:
@@ -112,14 +114,14 @@ def parse_msgpack(body: Body) -> Parsed:
 
     The `data` of raw pixels is a read-only memoryview into `body`, which must not change as long as the request lives.
     """
-    _refuse_pickle(body)
+    refuse_pickle(body)
     request = _quick(body)
     if request is None:  # so that what is wrong is said in the schema's words
         try:
             raw = msgspec.msgpack.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise BadRequest("the body is not msgpack") from error
-        request = _checked(raw)
+        request = checked(ScoreRequest, raw, "items")
     return Parsed(request, {})
 
 
@@ -226,7 +228,7 @@ def parse_form(parts: Sequence[Part]) -> Parsed:
             raw[name] = given[0]
     if rewards := texts("rewards"):
         raw["rewards"] = [name.strip() for text in rewards for name in text.split(",") if name.strip()]
-    return Parsed(_checked(raw), broken)
+    return Parsed(checked(ScoreRequest, raw, "items"), broken)
 
 
 def pack_request(request: ScoreRequest) -> bytes:
@@ -242,7 +244,7 @@ def pack_chunks(request: ScoreRequest) -> list[bytes | memoryview]:
     small += bytes([0x90 | count]) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
     for item in request.items:
         data = memoryview(item.image.data)
-        small += _open({**_item(item), "image": None}) + _open({**_image(item.image), "data": None})
+        small += _open({**_item(item), "image": None}) + _open({**image_fields(item.image), "data": None})
         small += b"\xc6" + data.nbytes.to_bytes(4, "big")
         if data.nbytes < OWN_CHUNK:
             small += data
@@ -259,11 +261,11 @@ def _open(last_is_none: dict[str, Any]) -> bytes:
 
 def json_request(request: ScoreRequest) -> bytes:
     """A request as JSON with base64 data."""
-    items = [{**_item(item), "image": _image(item.image)} for item in request.items]
+    items = [{**_item(item), "image": image_fields(item.image)} for item in request.items]
     return msgspec.json.encode({**_plain(request), "items": items})
 
 
-def _image(image: ImageData) -> dict[str, Any]:
+def image_fields(image: ImageData) -> dict[str, Any]:
     return {"encoding": image.encoding, "height": image.height, "width": image.width, "data": image.data}
 
 
@@ -273,7 +275,7 @@ def _item(item: ScoreItem) -> dict[str, Any]:
         "id": item.id,
         "group": item.group,
         "prompt": item.prompt,
-        "references": [_image(reference) for reference in item.references],
+        "references": [image_fields(reference) for reference in item.references],
         "meta": item.meta,
     }
 
@@ -289,7 +291,7 @@ def _plain(request: ScoreRequest) -> dict[str, Any]:
     }
 
 
-def render_answer(answer: ScoreAnswer, kind: str) -> bytes:
+def render_answer(answer: BaseModel, kind: str) -> bytes:
     """The answer as JSON, or as msgpack for who asked in msgpack."""
     plain = answer.model_dump(mode="python")
     return _PACK.encode(plain) if kind == MSGPACK else msgspec.json.encode(plain)

@@ -60,7 +60,7 @@ class _Pairwise(Judge):
         out = {i: score for i, item in enumerate(batch) if (score := self._refusal(item)) is not None}
         rest = [i for i in range(len(batch)) if i not in out]
         pairs = [Pair(item.image, item.prompt, item.references[:1]) for item in (batch[i] for i in rest)]
-        there = self.compare([*pairs, *(swapped(pair) for pair in pairs)])
+        there = self.compare([*pairs, *(pair.swapped for pair in pairs)])
         for i, forward, backward in zip(rest, there[: len(rest)], there[len(rest) :], strict=True):
             if forward.value is None or backward.value is None:
                 out[i] = forward if forward.value is None else backward
@@ -68,11 +68,6 @@ class _Pairwise(Judge):
                 one, other = forward.value, 1 - backward.value
                 out[i] = Score.ok((one + other) / 2, parts={"forward": one, "backward": other})
         return [out[i] for i in range(len(batch))]
-
-
-def swapped(pair: Pair) -> Pair:
-    """The same two, the other one first."""
-    return Pair(pair.references[0], pair.prompt, (pair.image,))
 
 
 class UnifiedCompare(_Pairwise, FirstToken):

@@ -13,7 +13,7 @@ from services.engines import Generated
 from services.prompts import HERE
 from services.reward import Comparer, Item, Pair
 from services.rewards.judge_kit import spellings
-from services.rewards.unified_compare import UnifiedCompare, UnifiedVerdict, _read, swapped, verdict
+from services.rewards.unified_compare import UnifiedCompare, UnifiedVerdict, _read, verdict
 from tests import tiny_judge
 from world import photographs
 from world.recipes import exam, lessons
@@ -63,7 +63,7 @@ def test_one_order_is_the_formula(judge: UnifiedCompare) -> None:
 def test_a_score_is_the_mean_of_both_orders_and_swapping_flips_it(judge: UnifiedCompare) -> None:
     items = [Item(pair.image, pair.prompt, pair.references) for pair in pairs()]
     turned = [Item(pair.references[0], pair.prompt, (pair.image,)) for pair in pairs()]
-    forward, backward = judge.compare(pairs()), judge.compare([swapped(pair) for pair in pairs()])
+    forward, backward = judge.compare(pairs()), judge.compare([pair.swapped for pair in pairs()])
     for score, other, one, two in zip(judge.score(items), judge.score(turned), forward, backward, strict=True):
         assert score.value is not None and other.value is not None and one.value is not None and two.value is not None
         assert score.value == pytest.approx((one.value + 1 - two.value) / 2, abs=1e-5)
