@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.process import free_port, wait
+from bench.process import free_port, start, wait
 from shared.client import RewardClient
 from world import photographs
 
@@ -61,9 +61,7 @@ def run(rounds: int, pictures: int) -> int:
         )
         config.flush()
         quiet: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT, "stderr": subprocess.DEVNULL}
-        server = subprocess.Popen(
-            [sys.executable, "-m", "services", config.name, "--port", str(port)], stdout=subprocess.DEVNULL, **quiet
-        )
+        server = start(config.name, port, subprocess.DEVNULL)
         plain = subprocess.Popen(
             [sys.executable, "-c", PLAIN, str(pictures)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **quiet
         )

@@ -45,22 +45,13 @@ class Contestant:
     log: Path | None = None
 
     def tree(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(self.process.pid)
-            return [root, *root.children(recursive=True)]
-        return []
+        return process.tree([self.process])
 
     def cpu(self) -> float:
-        total = 0.0
-        for one in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += sum(one.cpu_times()[:2])
-        return total
+        return process.cpu_seconds(self.tree())
 
     def send(self, number: signal.Signals) -> None:
-        for one in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.send_signal(number)
+        process.send(self.tree(), number)
 
     def ask(self, task: str, file: Path, pictures: list[NDArray[np.uint8]]) -> tuple[float, float, list[list[float]] | list[float]]:
         """Seconds, CPU seconds of this process, and the answers: log-probabilities of a child, values of a service."""
@@ -76,14 +67,7 @@ class Contestant:
         return told["seconds"], 0.0, told["answers"]
 
     def end(self) -> None:
-        tree = self.tree()
-        self.send(signal.SIGCONT)
-        self.process.terminate()
-        psutil.wait_procs(tree, timeout=20)
-        for one in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        self.process.wait(20)
+        process.end([self.process], self.tree(), 20)
 
 
 async def _over_http(url: str, task: str, pictures: list[NDArray[np.uint8]]) -> tuple[float, float, list[float]]:

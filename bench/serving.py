@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from bench import models, peers, serving_report
+from bench import models, peers, process, serving_report
 from bench.process import free_port
 from shared.client import RewardClient
 
@@ -81,39 +81,18 @@ class Server:
                 time.sleep(0.2)
 
     def tree(self) -> list[psutil.Process]:
-        alive = []
-        for process in self.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                root = psutil.Process(process.pid)
-                alive += [root, *root.children(recursive=True)]
-        self._tree = alive or self._tree
+        self._tree = process.tree(self.processes) or self._tree
         return self._tree
 
     def cpu(self) -> float:
         """Seconds of user and system time of the whole tree so far."""
-        total = 0.0
-        for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += sum(process.cpu_times()[:2])
-        return total
+        return process.cpu_seconds(self.tree())
 
     def send(self, number: signal.Signals) -> None:
-        for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        process.send(self.tree(), number)
 
     def stop(self) -> None:
-        """Ask, wait, then end whatever of the tree is left."""
-        tree = self.tree()
-        self.send(signal.SIGCONT)
-        for process in self.processes:
-            process.terminate()
-        psutil.wait_procs(tree, timeout=10)
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for child in self.processes:
-            child.wait(10)
+        process.end(self.processes, self.tree(), 10)
 
 
 def verism(model: str, count: int, folder: Path) -> Server:

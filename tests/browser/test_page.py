@@ -5,9 +5,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from starlette.testclient import TestClient
 
+from bench.process import running
 from services.app import create_app
 from services.config import ServiceConfig
 from services.page import MAPS_AT_ONCE
@@ -32,7 +31,6 @@ from world import photographs
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 HOSTILE = "<img src=x onerror=document.title='owned'> $(touch owned) `touch owned` 'q' \"d\" \\ %41 é"
 in_a_browser = [
     pytest.mark.e2e,
@@ -78,25 +76,10 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def serve(config: str | Path) -> Iterator[str]:
+def serve(config: str | Path, **variables: str) -> Iterator[str]:
     """A service as a process of its own, until the tests are done with it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "services", str(config), "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 420
-            while True:
-                assert process.poll() is None and time.monotonic() < end, f"{config} did not become ready"
-                try:
-                    if httpx.get(f"{url}/readyz", timeout=60, trust_env=False).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
+    with running(config, stderr=subprocess.DEVNULL, variables=variables, limit_s=420) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -445,15 +428,12 @@ class TestInABrowser:
         answered(page)
         assert page.is_hidden("#problem")
 
-    def test_a_key_is_asked_for_and_stays_out_of_the_curl_line(
-        self, open_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_key_is_asked_for_and_stays_out_of_the_curl_line(self, open_page: Any, tmp_path: Path) -> None:
         secret = "a-key-of-more-than-16"
-        monkeypatch.setitem(ENVIRONMENT, "VERISM_KEY_TEST", secret)
         config = tmp_path / "c.yaml"
         keys = {"someone": {"env": "VERISM_KEY_TEST"}}
         config.write_text(json.dumps({"device": "cpu", "rewards": {"jpeg_size": {"use": "jpeg_size"}}, "keys": keys}))
-        for url in serve(config):
+        for url in serve(config, VERISM_KEY_TEST=secret):
             page = open_page(url, watched=False, path="/?")
             page.wait_for_selector("#problem:text-is('This service asks for a key.')")
             assert page.locator("nav a:visible").count() == 0

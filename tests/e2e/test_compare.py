@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bench.process import free_port, start, wait
+from bench.process import running
 from services.compare import win_rates
 from services.compare_http import places
 from services.reward import Pair
@@ -31,14 +31,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = tmp_path_factory.mktemp("compare") / "c.yaml"
     judge = {"use": "unified_compare", "folder": str(tiny_judge.made()), "floor": 0, "batch_cap": 16}
     config.write_text(json.dumps({"rewards": {"judge": judge}}))
-    port = free_port()
-    process = start(str(config), port)
-    try:
-        wait(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    with running(config) as served:
+        yield served
 
 
 def pictures(count: int = 5) -> list[NDArray[np.uint8]]:

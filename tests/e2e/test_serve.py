@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.process import free_port, start, wait
+from bench.process import free_port, running, start, wait
 from shared.client import RewardClientSync
 from world import photographs
 
@@ -34,14 +34,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "alignment": {"use": "alignment", "folder": "world/alignment"},
     }
     config.write_text(json.dumps({"rewards": rewards, "default": ["realism"]}))
-    port = free_port()
-    process = start(str(config), port)
-    try:
-        wait(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    with running(config) as served:
+        yield served
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -144,25 +138,20 @@ def test_verism_score_with_and_without_a_server(url: str, tmp_path: Path) -> Non
 
 def test_verism_score_sends_its_key(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(png(photographs.load("test")[0][0]))
-    config, port, key = tmp_path / "c.yaml", free_port(), "the key of somebody"
+    config, key = tmp_path / "c.yaml", "the key of somebody"
     keys = {"somebody": {"env": "KEY_OF_SOMEBODY"}, "grafana": {"env": "KEY_OF_GRAFANA", "scopes": ["read"]}}
     config.write_text(json.dumps({"rewards": {"jpeg_size": {"use": "jpeg_size"}}, "keys": keys}))
-    process = start(config, port, variables={"KEY_OF_SOMEBODY": key, "KEY_OF_GRAFANA": "the key of grafana"})
     command = [sys.executable, "-c", "import sys; from services.__main__ import score; sys.exit(score())"]
-    command += [str(tmp_path / "photo.png"), "--json", "--url", f"http://127.0.0.1:{port}"]
+    command += [str(tmp_path / "photo.png"), "--json", "--url"]
 
-    def run(*more: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    def run(url: str, *more: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
         environment = {k: v for k, v in ENVIRONMENT.items() if k != "VERISM_API_KEY"} | variables
-        return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
+        return subprocess.run([*command, url, *more], cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
 
-    try:
-        wait(f"http://127.0.0.1:{port}", process)
-        for done in (run(), run("--api-key", "a wrong one"), run(VERISM_API_KEY="the key of grafana")):
+    with running(config, variables={"KEY_OF_SOMEBODY": key, "KEY_OF_GRAFANA": "the key of grafana"}) as url:
+        for done in (run(url), run(url, "--api-key", "a wrong one"), run(url, VERISM_API_KEY="the key of grafana")):
             said = b" ".join(done.stderr.split())
             assert done.returncode == 2 and b"--api-key" in said and b"VERISM_API_KEY" in said and b"Traceback" not in said
-        for done in (run("--api-key", key), run(VERISM_API_KEY=key)):
+        for done in (run(url, "--api-key", key), run(url, VERISM_API_KEY=key)):
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["items"][0]["scores"]["jpeg_size"]["status"] == "ok"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.process import free_port, start, wait
+from bench.process import running
 from shared import wire
 from shared.image import encode
 from shared.schema import Score, ScoreItem, ScoreRequest
@@ -26,14 +26,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     detector = {"use": "detector", "folder": "world/detector", "batch_cap": 8, "cache_items": 0}
     rewards = {"judge": judge, "device": sleeper, "other": sleeper, "detector": detector}
     config.write_text(json.dumps({"threads": 1, "rewards": rewards}))
-    port = free_port()
-    process = start(str(config), port)
-    try:
-        wait(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    with running(config) as served:
+        yield served
 
 
 def ask(url: str, *rewards: str) -> tuple[float, list[dict[str, Score]]]:

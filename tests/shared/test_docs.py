@@ -4,18 +4,16 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from bench.process import running
 from shared.errors import VerismError
 from shared.schema import Problem, ScoreAnswer, ScoreItem, ScoreRequest
 
@@ -30,20 +28,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "services", "examples/serve/minimal.yaml", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 90
-        while time.monotonic() < end and process.poll() is None:
-            try:
-                httpx.get(f"http://localhost:{port}/livez", timeout=10, trust_env=False).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        yield f"localhost:{port}"
-        process.terminate()
+    with running("examples/serve/minimal.yaml", stderr=subprocess.DEVNULL) as url:
+        yield url.removeprefix("http://")
 
 
 @pytest.mark.e2e

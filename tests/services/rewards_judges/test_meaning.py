@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bench.process import free_port, start, wait
+from bench.process import running
 from services.prompts import HERE
 from services.reward import Item
 from services.rewards.judge_kit import spellings
@@ -83,14 +83,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     rewards["edit_score"]["temperature"] = 1e-3
     config.write_text(json.dumps({"rewards": rewards}))
-    port = free_port()
-    process = start(str(config), port)
-    try:
-        wait(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    with running(config) as served:
+        yield served
 
 
 def short(name: str) -> str:
