@@ -51,14 +51,11 @@ def make(folder: Path, gpu: bool) -> str:
         "-m",
         "pip",
         "install",
-        "--quiet",
-        "--quiet",
+        "-qq",
         "--disable-pip-version-check",
-        "--retries",
-        "2",
+        "--retries=2",
         *alone,
-        "-r",
-        str(wanted),
+        f"--requirement={wanted}",
     ]
     subprocess.run(pip, check=True, capture_output=True, text=True)
     site = next((folder / "lib").glob("python*/site-packages"))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.registry import resolve
-from services.reward import Item, Pair
+from services.reward import Comparer, Item, Pair
 from world import captions
 from world.recipes import lessons
 from world.recipes.lessons import CRITERIA, EDITS, WORDS, Picture
@@ -129,12 +129,8 @@ class Exam:
             prompt = self._caption(picture.kind, rng)
             there.append((picture.pixels, prompt, (bad,)))
             back.append((bad, prompt, (picture.pixels,)))
-        ask = (
-            (lambda rows: reward.compare([Pair(*row) for row in rows]))
-            if hasattr(reward, "compare")
-            else (lambda rows: reward.score([Item(*row) for row in rows]))
-        )
-        first, second = values(ask(there)), values(ask(back))
+        ask, kind = (reward.compare, Pair) if isinstance(reward, Comparer) else (reward.score, Item)
+        first, second = (values(ask([kind(*row) for row in rows])) for rows in (there, back))
         return float(((first > 0.5) & (second < 0.5)).mean())
 
     def real_auc(self, samples: NDArray[np.uint8]) -> float:
@@ -145,12 +141,8 @@ class Exam:
 
     def match_auc(self, name: str) -> float:
         """Matching above mismatching captions, over all pairs of a match and a mismatch."""
-        reward, pairs = (
-            load(
-                name, self.folder, **({"rubrics": [{"text": next(iter(CRITERIA)), "weight": 1}]} if name == "auto_rubric" else {})
-            ),
-            self.asked(name),
-        )
+        match = {"rubrics": [{"text": next(iter(CRITERIA)), "weight": 1}]} if name == "auto_rubric" else {}
+        reward, pairs = load(name, self.folder, **match), self.asked(name)
         return auc(*(values(reward.score([pair[k] for pair in pairs])) for k in range(2)))
 
     def artefacts(self) -> float:

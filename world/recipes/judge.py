@@ -52,20 +52,21 @@ CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\
 SIDES = {"min_pixels": 28 * 28, "max_pixels": 40 * 40}  # every square picture becomes 28x28: 16 patches, 4 tokens
 FIRST = ("prompt_echo", "forensic_chat")
 QUESTIONS = (
-    *(
-        "prompt_echo",
-        "forensic_chat",
-        "artifact_reward",
-        "z_reward",
-        "unified_reward",
-        "rational_rewards",
-        "ocr_judge",
-        "auto_rubric",
-    ),
-    *("auto_rubric_propose", "reward_dance", "unified_compare", "unified_verdict", "edit_score", "edit_score_quality"),
+    "prompt_echo",
+    "forensic_chat",
+    "artifact_reward",
+    "z_reward",
+    "unified_reward",
+    "rational_rewards",
+    "ocr_judge",
+    "auto_rubric",
+    "auto_rubric_propose",
+    "reward_dance",
+    "unified_compare",
+    "unified_verdict",
+    "edit_score",
+    "edit_score_quality",
 )
-
-
 # What is hard, or asked in few tokens, oftener.
 ROUND = (*QUESTIONS, "prompt_echo", "auto_rubric", "z_reward", "reward_dance", "auto_rubric", "unified_compare")
 MUON = 0.01
