@@ -3,8 +3,8 @@
 EfficientNet-Lite0 with its ImageNet weights, at the sides and batches asked for, in each way: as timm builds it, channels last, batch
 norms folded into the convolutions, bfloat16, torch.compile. Rounds are interleaved; the quickest call counts, since other work
 on the same cores only ever adds. CPU is what the process used, over all its threads. `change` is the largest change of a feature, relative
-to the largest feature, against the first way. Preparing a picture (512x512 to the side, antialiased) has rows of its own, in
-float32 as the detector does it and in whole levels as pillow does.
+to the largest feature (or to 255), against the first way. Preparing a picture (512x512 to the side, antialiased) has rows of its own: in
+float32 by torch's own call and as the detectors do it, and in whole levels as pillow does.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from services.config import ROOT
 from services.rewards._detector_kit import folded
+from services.rewards._resize import resized
 from services.rewards.detector import Backbone, DetectorConfig
 
 Way = Callable[[Tensor], Tensor]
@@ -49,10 +50,13 @@ def ways(compiled: bool) -> dict[str, Way]:
 def preparing(side: int) -> dict[str, Way]:
     """Name to a function of pictures (B, 3, H, W) uint8, channels last, to the side."""
 
-    def resized(x: Tensor) -> Tensor:
+    def whole(x: Tensor) -> Tensor:
         return nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True)
 
-    return {"prepared in float32": lambda x: resized(x.float()), "prepared in whole levels": resized}
+    def banded(x: Tensor) -> Tensor:
+        return resized(list(x.permute(0, 2, 3, 1).numpy()), (side, side), "bicubic", x.device)
+
+    return {"prepared by interpolate": lambda x: whole(x.float()), "prepared by banded products": banded, "in whole levels": whole}
 
 
 def measure(names: dict[str, Way], x: Tensor, rounds: int) -> dict[str, tuple[float, float]]:
@@ -98,7 +102,9 @@ def main() -> int:
                 changes = {name: ((way(x) - truth).abs().max() / truth.abs().max()).item() for name, way in names.items()}
                 rows(names, x, side, changes)
             pictures = torch.randint(0, 256, (8, 512, 512, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-            rows(preparing(side), pictures, side, {})
+            names_too = preparing(side)
+            truth = names_too["prepared by interpolate"](pictures)
+            rows(names_too, pictures, side, {n: ((way(pictures) - truth).abs().max() / 255).item() for n, way in names_too.items()})
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     return 0
 

@@ -114,15 +114,16 @@ def fill(module: torch.nn.Module, state: Mapping[str, Tensor], source: str, opti
     module.load_state_dict({k: state[k] for k in own})
 
 
-def batched(images: Sequence[NDArray[np.uint8]], device: torch.device, side: int, resize: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B, 3, side, side) float32 in the pictures' order; `resize` gets (n, 3, H, W) in 0..255 of pictures of one size at once."""
+def batched(
+    images: Sequence[NDArray[np.uint8]], device: torch.device, side: int, resize: Callable[[Sequence[NDArray[np.uint8]]], Tensor]
+) -> Tensor:
+    """(B, 3, side, side) float32 in the pictures' order; `resize` gets n pictures of one size at once, and gives (n, 3, side, side)."""
     out = torch.empty(len(images), 3, side, side, device=device)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
     for indices in by_size.values():
-        pixels = torch.from_numpy(np.stack([images[i] for i in indices])).to(device).permute(0, 3, 1, 2).float()
-        out[indices] = resize(pixels)
+        out[indices] = resize([images[i] for i in indices])
     return out
 
 

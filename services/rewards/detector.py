@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.reward import Item
-from services.rewards._detector_kit import folded
+from services.rewards._detector_kit import batched, folded, normaliser
+from services.rewards._resize import resized
 from shared.schema import RewardInfo, Score
 
 
@@ -99,21 +100,13 @@ class Backbone:
             self.model = folded(self.model, trial.to(self.device))
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)
-        self._mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
+        self._normalise = normaliser(config.mean, config.std, self.device)
 
     def preprocess(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """(B, 3, size, size) float32, normalised. Pictures of one size are resized in one call."""
-        out = torch.empty(len(images), 3, self.config.size, self.config.size, device=self.device)
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(index)
-        for indices in by_size.values():
-            batch = torch.from_numpy(np.stack([images[i] for i in indices])).to(self.device)
-            pixels = batch.permute(0, 3, 1, 2).float() / 255
-            side = (self.config.size, self.config.size)
-            out[indices] = torch.nn.functional.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)
-        return ((out - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+        """(B, 3, size, size) float32, normalised."""
+        side = self.config.size
+        pixels = batched(images, self.device, side, lambda several: resized(several, (side, side), "bicubic", self.device))
+        return self._normalise(pixels.clamp_(0, 255)).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:

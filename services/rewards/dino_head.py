@@ -25,6 +25,7 @@ from transformers import AutoModel
 
 from services.reward import Item
 from services.rewards._detector_kit import COMMIT, IMAGENET, WeightsOptions, batched, fill, normaliser, read_state, sha256
+from services.rewards._resize import resized
 from shared.schema import RewardInfo, Score
 
 
@@ -105,8 +106,8 @@ class Backbone:
         self.model = model.eval().requires_grad_(False).to(self.device, dtype)
         self._normalise = normaliser(*IMAGENET, self.device)
 
-    def _resize(self, pixels: Tensor) -> Tensor:
-        return F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+    def _resize(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        return resized(images, (self.size, self.size), "bicubic", self.device).clamp(0, 255)
 
     @torch.no_grad()  # not inference_mode: a head is fitted on these
     def pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from services.reward import Item
 from services.rewards._detector_kit import CLIP, IMAGENET, WeightsOptions, batched, normaliser, read_state, sha256
 from services.rewards._omniaid import build
+from services.rewards._resize import resized
 from shared.schema import RewardInfo, Score
 
 
@@ -60,13 +61,12 @@ class OmniAID:
         """FileNotFoundError when the file is not there; ValueError names what of the checkpoint differs."""
         return cls(name, OmniAidOptions.model_validate(options), device)
 
-    def _resize(self, pixels: Tensor) -> Tensor:
+    def _resize(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """To `first_size`, then to the model's side, antialiased bilinear, rounded to whole levels after each like a picture."""
-        for side in (self._first, self.shape.size):
-            if side and pixels.shape[-2:] != (side, side):
-                pixels = (
-                    torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True).round().clamp(0, 255)
-                )
+        first, last = (self._first or self.shape.size,) * 2, (self.shape.size,) * 2
+        pixels = resized(images, first, "bilinear", self.device).round().clamp(0, 255)
+        if first != last:
+            pixels = torch.nn.functional.interpolate(pixels, last, mode="bilinear", antialias=True).round().clamp(0, 255)
         return pixels
 
     def preprocess(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from services.reward import Item
 from services.rewards._detector_kit import batched, sha256
 from services.rewards._nsfwjs import CLASSES, SIDE, MobileNet, read, resize
+from services.rewards._resize import uploaded
 from shared.schema import RewardInfo, Score
 
 MIN_SIDE = SIDE // 2
@@ -61,7 +62,8 @@ class Safety:
     @torch.inference_mode()
     def pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """(B, 3, 224, 224) in [0, 1]."""
-        return batched(images, self.device, SIDE, resize).contiguous(memory_format=torch.channels_last)
+        pixels = batched(images, self.device, SIDE, lambda several: resize(uploaded(several, self.device)))
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:

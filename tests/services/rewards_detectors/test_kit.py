@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from services.config import ROOT
 from services.registry import resolve
 from services.reward import Item
 from services.rewards._detector_kit import WeightsOptions, batched, fill, folded, read_state, sha256
+from services.rewards._resize import uploaded
 from tests.services.rewards_detectors import tiny
 
 
@@ -125,9 +127,9 @@ def test_batches_keep_the_order_of_mixed_sizes() -> None:
     images = [rng.integers(0, 256, (*side, 3), dtype=np.uint8) for side in ((20, 30), (16, 16), (20, 30), (40, 17))]
     calls: list[int] = []
 
-    def resize(pixels: torch.Tensor) -> torch.Tensor:
-        calls.append(len(pixels))
-        return torch.nn.functional.adaptive_avg_pool2d(pixels, 1).expand(-1, -1, 8, 8)
+    def resize(several: Sequence[Any]) -> torch.Tensor:
+        calls.append(len(several))
+        return torch.nn.functional.adaptive_avg_pool2d(uploaded(several, torch.device("cpu")), 1).expand(-1, -1, 8, 8)
 
     out = batched(images, torch.device("cpu"), 8, resize)
     assert sorted(calls) == [1, 1, 2]
