@@ -152,10 +152,9 @@ class RewardClient:
             if not replicas:
                 raise ValueError(f"reward {name!r} has no URL, e.g. 'http://localhost:8001'")
         self.timeout_s, self.encoding, self.priority = timeout_s, encoding, priority
-        limits = httpx.Limits(max_connections=64, max_keepalive_connections=32)
         key = api_key or os.environ.get("VERISM_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._transport = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+        self._transport = transport or _Connections(64)
         self._http = httpx.AsyncClient(transport=self._transport, headers=headers, trust_env=False)
         self._headers = {**headers, "content-type": wire.MSGPACK, "accept": wire.MSGPACK}
         self._timeout = httpx.Timeout(timeout_s, connect=min(5.0, timeout_s)).as_dict()
@@ -492,13 +491,43 @@ class RewardClient:
         headers = {"host": url.netloc.decode(), **self._headers, "content-length": str(body.size), **_trace()}
         asked = httpx.Request("POST", url, headers=headers, stream=body, extensions={"timeout": self._timeout})
         answer = await self._transport.handle_async_request(asked)
-        try:
-            content = await answer.aread()
-        finally:
-            await answer.aclose()
+        content = await answer.aread()
         if answer.status_code == 200:
             return content
         raise RequestFailed(_problem(replica.url, answer))
+
+
+class _Connections(httpx.AsyncBaseTransport):
+    """At most so many connections at once, each a transport of its own, the last one used first; answers come whole.
+
+    One transport for all would look at every connection for every request: with 32 callers that took longer than the requests.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free, self._tls = asyncio.Semaphore(most), httpx.create_ssl_context(trust_env=False)
+        self._idle: dict[tuple[str, str, int | None], list[httpx.AsyncHTTPTransport]] = {}
+        self._all: list[httpx.AsyncHTTPTransport] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        async with self._free:
+            idle = self._idle.setdefault((request.url.scheme, request.url.host, request.url.port), [])
+            if not idle:
+                idle.append(httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1), trust_env=False))
+                self._all += idle
+            connection = idle.pop()
+            try:
+                answer = await connection.handle_async_request(request)
+                try:
+                    await answer.aread()
+                finally:
+                    await answer.aclose()
+                return answer
+            finally:
+                idle.append(connection)
+
+    async def aclose(self) -> None:
+        for connection in self._all:
+            await connection.aclose()
 
 
 def _again(score: Score) -> bool:
