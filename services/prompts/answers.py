@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LONGEST = 100_000
-_NUMBER = r"[-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?"
+_NUMBER = r"[-+]?[0-9]{1,12}(?:\.[0-9]{1,20})?"  # UnifiedReward 2.0 writes 15 decimals
 _END = r"(?![0-9]|\.[0-9]|\s*(?:%|/|[-–]\s*[0-9]))"
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.S | re.I)
 _REFUSALS = re.compile(
@@ -30,9 +30,7 @@ def number(text: str, low: float, high: float, label: str | None = None) -> floa
     if label is None:
         found = [text.strip()] if re.fullmatch(_NUMBER, text.strip()) else []
     else:
-        pattern = (
-            rf"(?<!\w){re.escape(label)}\W{{0,4}}?\s*[:=]\s*\**\s*({_NUMBER})(?:\s*/\s*{high:g}(?![0-9]|\.[0-9]))?{_END}(?!\w)"
-        )
+        pattern = rf"(?<!\w){re.escape(label)}\W{{0,4}}?\s*[:=][ \t]*\**[ \t]*({_NUMBER})(?:\s*/\s*{high:g}(?![0-9]|\.[0-9]))?{_END}(?!\w)"
         found = re.findall(pattern, text, re.I)
     values = {float(one) for one in found}
     value = values.pop() if len(values) == 1 else None

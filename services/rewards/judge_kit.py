@@ -24,6 +24,7 @@ from services.engines import Chat, Engine, EngineOptions, Failure, First, Sampli
 from services.prompts import read
 from services.prompts.answers import is_refusal
 from services.reward import Item
+from services.rewards.presets import expand
 from shared.schema import RewardInfo, Score
 
 log = logging.getLogger("verism.judge")
@@ -177,7 +178,7 @@ class Judge:
     @classmethod
     def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:
         """FileNotFoundError when something is missing; ValueError when options, template or model do not fit."""
-        return cls(name, cls.options_class.model_validate(dict(options)), device)
+        return cls(name, cls.options_class.model_validate(expand(cls.template, options)), device)
 
     @property
     def ready(self) -> bool:

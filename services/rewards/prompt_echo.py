@@ -8,7 +8,7 @@ import math
 
 from services.engines import Failure
 from services.reward import Item
-from services.rewards.judge_kit import Judge, failed
+from services.rewards.judge_kit import Judge, JudgeOptions, failed
 from shared.schema import Score
 
 
@@ -17,6 +17,14 @@ class PromptEcho(Judge):
 
     template, needs, limits = "prompt_echo", ("prompt",), None
     description = "mean log-probability of the prompt as a description of the picture, by a vision-language model"
+
+    def __init__(self, name: str, options: JudgeOptions, device: str) -> None:
+        if options.dialect == "openai":
+            raise ValueError(
+                f"{name} needs the log-probabilities of a given text, which an OpenAI server does not tell; serve the model by vLLM "
+                "and leave `dialect` away, or give its `folder`"
+            )
+        super().__init__(name, options, device)
 
     def _scores(self, items: list[Item]) -> list[Score]:
         prompts = [(item.prompt or "").strip() for item in items]

@@ -1,10 +1,12 @@
 """RationalRewards: a vision-language model rates aspects from 1 to 4 or N/A, and writes a prompt that would mend the picture.
 
 r = (mean over the aspects that apply, clipped to [1, 4], - 1) / 3. The refined prompt feeds the next round of a generate-critique loop.
+A rating stands in the aspect's line (`Aspect: 3`), or, as the published checkpoint writes, after `Score:` in the section that it heads.
 """
 
 import math
 import re
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -23,7 +25,7 @@ class RationalOptions(WrittenOptions):
     aspects: tuple[str, ...] = Field(
         default=("Text faithfulness", "Physical and visual quality", "Text rendering"),
         min_length=1,
-        description="each a line `Aspect: 1-4` or `Aspect: N/A`",
+        description="each a line `Aspect: 1-4` or `Aspect: N/A`, or a section with `Score: 1-4` or `Score: N/A`",
     )
 
 
@@ -38,7 +40,8 @@ class RationalRewards(Written):
     def _read(self, text: str, item: Item) -> Score:
         ratings: dict[str, float] = {}
         for aspect in self.options.aspects:
-            value, left_out = number(text, 1, 4, aspect), applies_not(text, aspect)
+            where, label = rating(text, aspect, self.options.aspects)
+            value, left_out = number(where, 1, 4, label), applies_not(where, label)
             if (value is None) != left_out:
                 return unparsable(text, f"`{aspect}: ` and one number from 1 to 4 or N/A")
             if value is not None:
@@ -47,6 +50,25 @@ class RationalRewards(Written):
             return unparsable(text, "rating: every aspect is N/A")
         mean = math.fsum(ratings.values()) / len(ratings)
         return Score.ok((min(max(mean, 1.0), 4.0) - 1) / 3, parts=ratings, text=refined(text))
+
+
+def rating(text: str, aspect: str, aspects: Sequence[str]) -> tuple[str, str]:
+    """Where the aspect's rating stands, and after which label: its section and `Score`; or, where no line is its heading, the whole text and
+    the aspect. Two headings leave nothing to read."""
+    heads = _heads(text, aspects)
+    mine = [i for i, (name, _, _) in enumerate(heads) if name == aspect]
+    if not mine:
+        return text, aspect
+    end = heads[mine[0] + 1][1] if mine[0] + 1 < len(heads) else len(text)
+    return text[heads[mine[0]][2] : end] if len(mine) == 1 else "", "Score"
+
+
+def _heads(text: str, aspects: Sequence[str]) -> list[tuple[str | None, int, int]]:
+    """(aspect, start, end) of each line that is nothing but `1. Aspect:`, and (None, start, end) of each `# ...`."""
+    known = {one.lower(): one for one in aspects}
+    names = "|".join(map(re.escape, aspects))
+    line = rf"^(?:[ \t#*]*(?:[0-9]{{1,3}}\.[ \t*]*)?({names})[ \t*]*:[ \t*]*$|#(?!#).*$)"
+    return [(known.get((one[1] or "").lower()), one.start(), one.end()) for one in re.finditer(line, text, re.I | re.M)]
 
 
 def applies_not(text: str, aspect: str) -> bool:
