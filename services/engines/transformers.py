@@ -19,7 +19,9 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from services.engines import qwen
 from services.engines.base import Chat, Echo, Failure, First, Generated, Sampling, continued, too_long
+from services.engines.cpu import linears_by_onednn, patches_as_products
 from services.engines.options import EngineOptions, digest, reserved
 
 A = TypeVar("A")
@@ -48,7 +50,9 @@ class TransformersEngine:
             missing = sorted(told["missing_keys"])
             raise ValueError(f"{place} lacks {len(missing)} weights of its model, e.g. {missing[0]}; take the whole checkpoint")
         self.model = self.model.eval().requires_grad_(False).to(self.device)
-        _patches_as_products(self.model)
+        patches_as_products(self.model)
+        linears_by_onednn(self.model)
+        self._reader = qwen.Reader(self.processor, self.model, self.device) if qwen.fits(self.model) else None
         self._last = _last_positions(self.model)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.context = min(c for c in (options.context, limit, 1 << 30) if c)
@@ -75,15 +79,15 @@ class TransformersEngine:
     def first(self, chats: Sequence[Chat], spellings: Sequence[str]) -> list[First | Failure]:
         ids = [ids[0] for ids in self.tokens(spellings)]
 
-        def read(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[First]:
+        def read(chats: Sequence[Chat], inputs: dict[str, Any]) -> list[First]:
             logp_BV = self._logits(inputs, 1)[:, -1].float().log_softmax(-1)
             return [First(dict(zip(spellings, row, strict=True))) for row in logp_BV[:, ids].double().cpu().tolist()]
 
-        return self._each(chats, read)
+        return self._each(chats, read, self._read)
 
     @torch.inference_mode()
     def echo(self, chats: Sequence[Chat]) -> list[Echo | Failure]:
-        def read(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[Echo]:
+        def read(chats: Sequence[Chat], inputs: dict[str, Any]) -> list[Echo]:
             counts = [self._length(chat) for chat in chats]
             longest = max(counts)
             logits_BTV = self._logits(inputs, longest + 1)[:, -longest - 1 : -1].float()
@@ -92,14 +96,14 @@ class TransformersEngine:
             rows = logp_BT.double().cpu().tolist()
             return [Echo(tuple(row[longest - count :])) for row, count in zip(rows, counts, strict=True)]
 
-        return self._each(chats, read)
+        return self._each(chats, read, self._read)
 
     @torch.inference_mode()
     def generate(self, chats: Sequence[Chat], sampling: Sampling) -> list[tuple[Generated, ...] | Failure]:
         draws = sampling.n if sampling.temperature > 0 else 1
 
-        def read(seed: int) -> Callable[[Sequence[Chat], dict[str, Tensor]], list[Generated]]:
-            def one(chats: Sequence[Chat], inputs: dict[str, Tensor]) -> list[Generated]:
+        def read(seed: int) -> Callable[[Sequence[Chat], dict[str, Any]], list[Generated]]:
+            def one(chats: Sequence[Chat], inputs: dict[str, Any]) -> list[Generated]:
                 noise = LogitsProcessorList([_Gumbel(sampling.temperature, seed)] if sampling.temperature > 0 else [])
                 settings = GenerationConfig(
                     max_new_tokens=sampling.max_tokens,
@@ -113,7 +117,7 @@ class TransformersEngine:
 
             return one
 
-        columns = [self._each(chats, read(sampling.seed * 1000 + draw)) for draw in range(draws)]
+        columns = [self._each(chats, read(sampling.seed * 1000 + draw), self._inputs) for draw in range(draws)]
         out: list[tuple[Generated, ...] | Failure] = []
         for row in zip(*columns, strict=True):
             failure = next((one for one in row if isinstance(one, Failure)), None)
@@ -126,13 +130,14 @@ class TransformersEngine:
         text = self.tokenizer.decode(ids[:end] if end is not None else ids, skip_special_tokens=True)
         return Generated(text.rstrip("\ufffd"), end is not None)  # bytes of a letter that was cut
 
-    def _logits(self, inputs: dict[str, Tensor], last: int) -> Tensor:
+    def _logits(self, inputs: dict[str, Any], last: int) -> Tensor:
         """(B, last or more, V): of the last positions, where the model can leave the others away."""
         keeps = {"logits_to_keep": last} if self._keeps else {}
         for part in self._last:
             part.last = last if self._keeps else None
         try:
-            logits: Tensor = self.model(**inputs, use_cache=False, **keeps).logits
+            seen = self._reader.seen(inputs) if self._reader is not None else inputs
+            logits: Tensor = self.model(**seen, use_cache=False, **keeps).logits
         finally:
             for part in self._last:
                 part.last = None
@@ -161,7 +166,15 @@ class TransformersEngine:
     def _counted(self, opened: str, whole: str) -> int:
         return continued(*self.tokens([opened, whole]))
 
-    def _inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
+    def _read(self, chats: Sequence[Chat]) -> dict[str, Any]:
+        """What `_logits` takes."""
+        if self._reader is None:
+            return self._inputs(chats)
+        with self._reading:
+            return self._reader.inputs(chats, [self._text(chat) for chat in chats])
+
+    def _inputs(self, chats: Sequence[Chat]) -> dict[str, Any]:
+        """As the processor makes them."""
         images = [[np.require(image, requirements="W") for image in chat.images] for chat in chats]  # torch wants to own them
         with self._reading:
             made = self.processor(
@@ -172,11 +185,16 @@ class TransformersEngine:
             )
         return {k: v.to(self.device) for k, v in made.items() if isinstance(v, Tensor)}
 
-    def _each(self, chats: Sequence[Chat], read: Callable[[Sequence[Chat], dict[str, Tensor]], list[A]]) -> list[A | Failure]:
+    def _each(
+        self,
+        chats: Sequence[Chat],
+        read: Callable[[Sequence[Chat], dict[str, Any]], list[A]],
+        prepare: Callable[[Sequence[Chat]], dict[str, Any]],
+    ) -> list[A | Failure]:
         """`read` over batches; a chat that cannot be prepared, or is too long, is a failure of its own. While a batch is on the device,
         the next one's pictures and texts are prepared."""
         out: dict[int, A | Failure] = {}
-        made: dict[int, Future[dict[str, Tensor]]] = {}  # by a batch's first chat
+        made: dict[int, Future[dict[str, Any]]] = {}  # by a batch's first chat
         with self._lock:
             count = -(-len(chats) // self._rows)  # batches, all of about the same size
             cuts = [len(chats) * i // max(count, 1) for i in range(count + 1)]
@@ -185,7 +203,7 @@ class TransformersEngine:
                 rows = waiting.pop(0)
                 batch = [chats[i] for i in rows]
                 try:
-                    inputs = made.pop(rows[0]).result() if rows[0] in made else self._inputs(batch)
+                    inputs = made.pop(rows[0]).result() if rows[0] in made else prepare(batch)
                 except (ValueError, IndexError, TypeError) as error:
                     if len(rows) == 1:
                         out[rows[0]] = Failure("question-refused", f"the model's processor refuses this item: {_brief(error)}")
@@ -199,12 +217,12 @@ class TransformersEngine:
                     waiting += [rest] if (rest := [i for i in rows if i not in long]) else []
                     continue
                 if waiting and len(waiting[0]) > 1:
-                    made[waiting[0][0]] = self._helper.submit(self._inputs, [chats[i] for i in waiting[0]])
+                    made[waiting[0][0]] = self._helper.submit(prepare, [chats[i] for i in waiting[0]])
                 out |= dict(zip(rows, read(batch, {k: self._cast(v) for k, v in inputs.items()}), strict=True))
         return [out[i] for i in range(len(chats))]
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Last(nn.Module):
@@ -240,25 +258,6 @@ def _last_positions(model: Any) -> list[_Last]:
             made.append(_Last(part))
             setattr(owner, name, made[-1])
     return made
-
-
-class _Product(nn.Linear):
-    """A convolution of one place, as the product that it is: several times faster on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1))
-
-
-def _patches_as_products(model: nn.Module) -> None:
-    """Of the patch embeddings of the Qwen-VL family, which get every patch by itself."""
-    for embed in [one for one in model.modules() if ".qwen" in type(one).__module__ and type(one).__name__.endswith("PatchEmbed")]:
-        old = getattr(embed, "proj", None)
-        if isinstance(old, nn.Conv3d) and old.kernel_size == old.stride and not any(old.padding) and old.groups == 1:
-            with torch.device("meta"):
-                new = _Product(old.weight[0].numel(), old.out_channels, bias=old.bias is not None, dtype=old.weight.dtype)
-            state = {name: tensor.flatten(1) if name == "weight" else tensor for name, tensor in old.state_dict().items()}
-            new.load_state_dict(state, assign=True)
-            embed.proj = new.requires_grad_(False)
 
 
 class _Gumbel(LogitsProcessor):  # type: ignore[misc]

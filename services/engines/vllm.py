@@ -20,11 +20,9 @@ from threading import Lock, Semaphore
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
-from blake3 import blake3
 from PIL import Image
 
-from services.engines.base import Chat, Echo, Failure, First, Generated, Picture, Sampling, continued, too_long
+from services.engines.base import Chat, Echo, Failure, First, Generated, Picture, Sampling, continued, picture_id, too_long
 from services.engines.options import EngineOptions, digest, reserved
 from services.engines.server import Server
 
@@ -33,7 +31,6 @@ log = logging.getLogger("verism.vllm")
 _TOP = 20  # what OpenAI's API gives at most
 _KNOWN = 16_384
 _TOGETHER = 24  # questions of one request, where vLLM has its route for several
-_SECRET = secrets.token_bytes(32)
 GONE = Failure("engine-gone", "the judge's engine is not there; it is started again, so ask once more in a minute", retryable=True)
 
 
@@ -352,13 +349,6 @@ def _opening(chat: Chat) -> dict[str, bool]:
 
 def _no_picture(image: Picture) -> Any:
     raise AssertionError("only texts are counted")
-
-
-def picture_id(image: Picture) -> str:
-    """Of pixels and shape, with this process's secret: nobody else can name a picture."""
-    height, width, _ = image.shape
-    hasher = blake3(height.to_bytes(4, "little") + width.to_bytes(4, "little"), key=_SECRET)
-    return str(hasher.update(np.ascontiguousarray(image).data.cast("B")).hexdigest(16))
 
 
 def data_url(image: Picture) -> str:

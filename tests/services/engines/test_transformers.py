@@ -1,6 +1,7 @@
 """The engine in this process against plain transformers on one question at a time, on the tiny judge."""
 
 import json
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Sampling, open_engine
+from services.engines.cpu import linears_by_onednn
 from services.engines.transformers import TransformersEngine
 from tests import tiny_judge
 
@@ -134,6 +136,54 @@ def test_samples_follow_the_probabilities_and_not_the_neighbours(engine: Transfo
     p, text = float(plain(chat)[1][-1][top].exp()), engine.tokenizer.decode([top])
     share = sum(one.text == text for one in alone) / draws
     assert abs(share - p) < 4 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_inputs_are_those_of_the_processor_and_positions_those_of_the_model(engine: TransformersEngine) -> None:
+    made, wanted = engine._read(chats()), engine._inputs(chats())
+    assert (made["input_ids"] == wanted["input_ids"]).all() and (made["attention_mask"] == wanted["attention_mask"]).all()
+    position_3BT, _ = engine.model.model.get_rope_index(
+        wanted["input_ids"], wanted["mm_token_type_ids"], wanted["image_grid_thw"], attention_mask=wanted["attention_mask"]
+    )
+    assert (made["position_ids"] == position_3BT).all()
+    assert [one.grid for one in made["pictures"]] == [tuple(grid) for grid in wanted["image_grid_thw"].tolist()]
+
+
+def test_a_picture_is_seen_once_as_long_as_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, seen = TransformersEngine(EngineOptions(folder=tiny_judge.made(), batch=2), "cpu"), []
+    reader = engine._reader
+    assert reader is not None
+    look = reader.core.get_image_features
+    monkeypatch.setattr(reader.core, "get_image_features", lambda p, g, **k: (seen.append(len(g)), look(p, g, **k))[1])
+    a, b, c = pictures()[:3]
+    asked = [Chat((x, y, "Which?")) for x in (a, b, c) for y in (a, b, c)]
+    first = engine.first(asked, SPELLINGS)
+    assert sum(seen) == 3, "in one picture's question, in another's, and in a later batch"
+    reader._most = 1
+    assert engine.first([Chat((a + 1, "Is it?"))], SPELLINGS) and not reader._kept and reader._used == 0
+    again = engine.first(asked, SPELLINGS)
+    assert sum(seen) > 3 + 1
+    for one, other in zip(first, again, strict=True):
+        assert isinstance(one, First) and isinstance(other, First)
+        assert dict(one.logprobs) == pytest.approx(dict(other.logprobs), abs=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is for x86")
+def test_linear_layers_of_a_cpu_are_onednns_and_say_the_same(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [one for one in engine.model.modules() if type(one) is torch.nn.Linear]
+    monkeypatch.setattr("services.engines.transformers.linears_by_onednn", lambda model: 0)
+    plain = TransformersEngine(EngineOptions(folder=tiny_judge.made(), batch=8), "cpu")
+    assert [one for one in plain.model.modules() if type(one) is torch.nn.Linear]
+    for one, other in zip(engine.first(chats(), SPELLINGS), plain.first(chats(), SPELLINGS), strict=True):
+        assert isinstance(one, First) and isinstance(other, First)
+        assert dict(one.logprobs) == pytest.approx(dict(other.logprobs), abs=1e-4)
+
+
+def test_bfloat16_and_layers_of_other_kinds_stay_as_they_are() -> None:
+    class Other(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, dtype=torch.bfloat16), Other(4, 4), torch.nn.Linear(8, 4, device="meta"))
+    assert linears_by_onednn(model) == 0 and type(model[0]) is torch.nn.Linear and type(model[1]) is Other
 
 
 def test_too_long_a_question_fails_alone() -> None:
