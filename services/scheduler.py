@@ -1,8 +1,9 @@
 """Many small requests in, few forward passes out.
 
 A `Lane` belongs to one device. While a batch runs there, questions wait; the moment the device frees, the next batch is cut from the
-queues and sent. No timer decides anything, so a lone caller waits for nothing but its own forward. When a whole further batch is
-waiting anyway, it is cut and collated beside the running one. Knows nothing of HTTP, pictures or torch: questions in, answers out.
+queues and sent. No timer decides anything, so a lone caller waits for nothing but its own forward. What waits is collated beside the
+running batch: piece by piece where pieces can be joined, else as soon as a whole further batch waits. Knows nothing of HTTP, pictures or
+torch: questions in, answers out.
 """
 
 import asyncio
@@ -44,6 +45,11 @@ class Work(Protocol[Q_in, A_out]):
 
     def collate(self, questions: Sequence[Q_in]) -> Any:
         """Whatever can be made ready while another batch runs."""
+        ...
+
+    @property
+    def join(self) -> Callable[[Sequence[Any]], Any] | None:
+        """What was collated in pieces as if it had been collated at once; None where that cannot be."""
         ...
 
     def run(self, collated: Any) -> Sequence[A_out]:
@@ -159,8 +165,12 @@ class _Part(Generic[Q, A]):
 
 @dataclass(eq=False)
 class _Batch(Generic[Q, A]):
-    rows: list[tuple[_Job[Q, A], int]]
-    collated: "Future[Any] | None" = None
+    """`pieces` are the first `ready` rows, collated or being so."""
+
+    rows: list[tuple[_Job[Q, A], int]] = field(default_factory=list)
+    bucket: Hashable = ...
+    ready: int = 0
+    pieces: "list[Future[Any]]" = field(default_factory=list)
 
     @property
     def questions(self) -> list[Q]:
@@ -316,11 +326,10 @@ class Lane(Generic[Q, A]):
                 best = found
         return best
 
-    def _cut(self, classes: Sequence[str] = TURNS) -> _Batch[Q, A] | None:
-        """The next batch: of one bucket, at most `cap`, the classes in turn."""
-        rows: list[tuple[_Job[Q, A], int]] = []
-        bucket: Hashable = ...
-        misses = 0
+    def _cut(self, classes: Sequence[str] = TURNS, batch: _Batch[Q, A] | None = None) -> _Batch[Q, A] | None:
+        """The next batch, or more for this one: of one bucket, at most `cap`, the classes in turn."""
+        batch = batch or _Batch()
+        rows, bucket, misses = batch.rows, batch.bucket, 0
         while len(rows) < self.cap and misses < len(TURNS):
             priority = TURNS[self._turn]
             self._turn = (self._turn + 1) % len(TURNS)
@@ -329,6 +338,7 @@ class Lane(Generic[Q, A]):
                 misses += 1
                 continue
             misses, bucket, job = 0, part.bucket, part.job
+            batch.bucket = bucket
             taken, part.indices = part.indices[: self.cap - len(rows)], part.indices[self.cap - len(rows) :]
             rows += [(job, index) for index in taken]
             self.waiting[priority] -= len(taken)
@@ -344,15 +354,33 @@ class Lane(Generic[Q, A]):
             if part.indices:
                 part.order = (0.0, *part.order[1:])
                 heapq.heappush(heap, part)
-        return _Batch(rows) if rows else None
+        return batch if rows else None
 
     def _look_ahead(self) -> None:
-        """A further whole batch waits anyway: cut it now and collate it beside the running one."""
-        if self._running and self._ahead is None and self._swap is None and sum(self.waiting.values()) >= self.cap:
-            batch = self._cut()
-            if batch is not None:
-                batch.collated = self._helper.submit(self.work.collate, batch.questions)
-                self._ahead = batch
+        """Cut what waits and collate it beside the running batch. While a piece is being collated, more may come for the next one."""
+        ahead, waiting = self._ahead, sum(self.waiting.values())
+        if not self._running or self._swap is not None or not waiting or (ahead is not None and not ahead.pieces[-1].done()):
+            return
+        if waiting < self.cap and self.work.join is None or ahead is not None and len(ahead.rows) >= self.cap:
+            return
+        ahead = self._cut() if ahead is None else self._more(ahead)
+        if ahead is not None and ahead.ready < len(ahead.rows):
+            piece = self._helper.submit(self.work.collate, ahead.questions[ahead.ready :])
+            ahead.pieces.append(piece)
+            ahead.ready, self._ahead = len(ahead.rows), ahead
+            if self.work.join is not None:
+                asyncio.wrap_future(piece).add_done_callback(self._collated)
+
+    def _collated(self, piece: "asyncio.Future[Any]") -> None:
+        if not piece.cancelled():
+            piece.exception()  # whoever runs the batch will meet it
+        self._look_ahead()
+
+    def _more(self, batch: _Batch[Q, A]) -> _Batch[Q, A]:
+        """What a person waits for does not join a batch of others that is ready: it overtakes."""
+        if self.work.join is not None:
+            self._cut(("train", "bulk"), batch)
+        return batch
 
     def _next(self) -> _Batch[Q, A] | None:
         """The batch that was made ready, but first, once, what a person waits for."""
@@ -363,7 +391,7 @@ class Lane(Generic[Q, A]):
                 return quick
             self._ahead, self._overtaken = None, False
             if any(not job.over for job, _ in ahead.rows):
-                return ahead
+                return self._more(ahead)
         return self._cut()
 
     async def _run(self) -> None:
@@ -423,10 +451,19 @@ class Lane(Generic[Q, A]):
         split = full = 0
         questions = batch.questions
 
-        def solve(part: Sequence[Q], collated: "Future[Any] | None", again: bool) -> list[A]:
+        def gathered() -> Any:
+            pieces = [piece.result() for piece in batch.pieces]
+            if batch.ready < len(questions):
+                pieces.append(work.collate(questions[batch.ready :]))
+            if len(pieces) == 1:
+                return pieces[0]
+            assert work.join is not None
+            return work.join(pieces)
+
+        def solve(part: Sequence[Q], collate: Callable[[], Any] | None, again: bool) -> list[A]:
             nonlocal split, full
             try:
-                answers = list(work.run(collated.result() if collated is not None else work.collate(part)))
+                answers = list(work.run(collate() if collate is not None else work.collate(part)))
                 if len(answers) != len(part):
                     raise RuntimeError(f"{len(answers)} answers to {len(part)} questions")
                 return answers
@@ -445,7 +482,7 @@ class Lane(Generic[Q, A]):
             half = len(part) // 2
             return solve(part[:half], None, again) + solve(part[half:], None, again)
 
-        return solve(questions, batch.collated, True), split, full
+        return solve(questions, gathered, True), split, full
 
     def _fail_all(self, error: Exception) -> None:
         self._ahead = None

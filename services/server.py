@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.config import ServiceConfig
 
+LOCK_S = 5e-4  # how long a busy event loop may keep Python's lock from a forward pass, which asks for it after each operation
 READ_AT_ONCE = 1 << 20  # bytes taken from a socket in one go, and held before it is paused
 
 
@@ -72,6 +74,7 @@ def serve(app: FastAPI, config: ServiceConfig, admin: FastAPI | None = None) -> 
     if admin is not None and config.admin is not None:
         servers.append(Server(uvicorn.Config(admin, config.admin.host, config.admin.port, http=door, **common)))
     state = app.state.verism
+    sys.setswitchinterval(LOCK_S)
 
     async def run() -> int:
         loop = asyncio.get_running_loop()

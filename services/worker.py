@@ -1,7 +1,8 @@
 """One reward on one device, as a lane drives it: collate, run, and a score whatever breaks. And its warm-up.
 
 A reward may split `score(items)` into `prepare(items)`, which runs in a helper thread beside another batch, and `forward(prepared)`,
-which runs on the device; `score` is then the one after the other.
+which runs on the device; `score` is then the one after the other. With `join([prepared, ...])` too, which makes one of several, pictures are
+prepared as they come.
 """
 
 import logging
@@ -29,6 +30,7 @@ class RewardWork:
     def __init__(self, reward: Reward) -> None:
         self.reward, self.info = reward, reward.info
         self._split = hasattr(reward, "prepare") and hasattr(reward, "forward")
+        self.join = self._join if self._split and hasattr(reward, "join") else None
 
     @property
     def ready(self) -> bool:
@@ -38,6 +40,9 @@ class RewardWork:
     def collate(self, questions: Sequence[Item]) -> tuple[int, Any]:
         items = list(questions)
         return len(items), self.reward.prepare(items) if self._split else items  # type: ignore[attr-defined]
+
+    def _join(self, pieces: Sequence[tuple[int, Any]]) -> tuple[int, Any]:
+        return sum(count for count, _ in pieces), self.reward.join([ready for _, ready in pieces])  # type: ignore[attr-defined]
 
     def run(self, collated: tuple[int, Any]) -> list[Score]:
         count, ready = collated

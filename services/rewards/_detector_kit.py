@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -152,3 +153,24 @@ def folded(model: torch.nn.Module, pixels: Tensor) -> torch.nn.Module:
     with torch.inference_mode():
         was, now = model(pixels), copy(pixels)
     return copy if (was - now).abs().max() <= 1e-4 * was.abs().max() else model
+
+
+def in_one_call(model: torch.nn.Module, trial: Tensor) -> Callable[[Tensor], Tensor]:
+    """An evaluated `model` on a CPU as one call of torch's own interpreter, or the model itself where that is not to be had.
+
+    Called as a module it takes Python's lock again after each of some hundred operations, and waits for it while the event loop or another
+    batch's preparation has it. torch.jit is deprecated, but its follower needs a C++ compiler and half a minute. `trial` is a
+    batch of two; the first alone must come out the same.
+    """
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            pixels = trial.clone()
+            traced = torch.jit.freeze(torch.jit.trace(model, pixels))  # type: ignore[no-untyped-call]
+            was = model(pixels[:1])
+            if (traced(pixels[:1]) - was).abs().max() <= 1e-4 * was.abs().max():
+                run: Callable[[Tensor], Tensor] = traced
+                return run
+    except (RuntimeError, AttributeError):
+        pass
+    return model

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.reward import Item
-from services.rewards._detector_kit import batched, folded, normaliser
+from services.rewards._detector_kit import batched, folded, in_one_call, normaliser
 from services.rewards._resize import resized
 from shared.schema import RewardInfo, Score
 
@@ -95,11 +95,14 @@ class Backbone:
             self.model.load_state_dict(load_file(weights))
         self.model.reset_classifier(0)
         self.model.eval().requires_grad_(False).to(self.device)
+        trial = torch.randn(2, 3, config.size, config.size, generator=torch.Generator().manual_seed(0)).to(self.device)
         if fold:
-            trial = torch.randn(2, 3, config.size, config.size, generator=torch.Generator().manual_seed(0))
-            self.model = folded(self.model, trial.to(self.device))
+            self.model = folded(self.model, trial)
+        self._run: Callable[[Tensor], Tensor] = self.model
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)
+            if fold:
+                self._run = in_one_call(self.model, trial.contiguous(memory_format=torch.channels_last))
         self._normalise = normaliser(config.mean, config.std, self.device)
 
     def preprocess(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -115,7 +118,7 @@ class Backbone:
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, D) float32 of preprocessed pictures."""
-        features: Tensor = self.model(pixels)
+        features = self._run(pixels)
         return features.float()
 
     @torch.inference_mode()
@@ -171,6 +174,9 @@ class Detector:
     def prepare(self, batch: Sequence[Item]) -> Tensor:
         """What `forward` takes: (B, 3, size, size)."""
         return self.backbone.preprocess([item.image for item in batch])
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(pieces)).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> list[Score]:

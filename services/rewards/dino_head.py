@@ -194,6 +194,10 @@ class DinoHead:
             return pixels, None
         return pixels, torch.stack([self._drawn(item.image) for item in batch]).to(self.backbone.device)
 
+    def join(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+        drawn = [one for _, one in pieces if one is not None]
+        return torch.cat([pixels for pixels, _ in pieces]), torch.cat(drawn) if drawn else None
+
     @torch.no_grad()
     def forward(self, prepared: tuple[Tensor, Tensor | None]) -> list[Score]:
         pixels, drawn = prepared

@@ -78,6 +78,9 @@ class OmniAID:
         """What `forward` takes: (B, 3, size, size) in the model's type."""
         return self.preprocess([item.image for item in batch]).to(self.dtype)
 
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(pieces))
+
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> list[Score]:
         logits, gates = self.model.logits(pixels)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from services.reward import Item
-from services.rewards._detector_kit import batched, sha256
+from services.rewards._detector_kit import batched, in_one_call, sha256
 from services.rewards._nsfwjs import CLASSES, SIDE, MobileNet, read, resize
 from services.rewards._resize import uploaded
 from shared.schema import RewardInfo, Score
@@ -46,6 +46,8 @@ class Safety:
             raise FileNotFoundError(f"{WEIGHTS} is missing; python -m services.weights.nsfwjs.recipe makes it")
         self.model = MobileNet(read(WEIGHTS)).eval().requires_grad_(False).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trial = torch.rand(2, 3, SIDE, SIDE, device=self.device).contiguous(memory_format=torch.channels_last)
+        self._run = in_one_call(self.model, trial) if self.device.type == "cpu" else self.model
         self.info = RewardInfo(
             name=name,
             range=(0.0, 1.0),
@@ -71,12 +73,16 @@ class Safety:
         return self._softmax(self.pixels(images))
 
     def _softmax(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.model(pixels)
+        logits: Tensor = self._run(pixels)
         return logits.double().softmax(1)
 
     def prepare(self, batch: Sequence[Item]) -> tuple[Tensor, list[bool]]:
         """What `forward` takes: pixels, and whether each picture is large enough to be known."""
         return self.pixels([item.image for item in batch]), [min(item.image.shape[:2]) >= MIN_SIDE for item in batch]
+
+    def join(self, pieces: Sequence[tuple[Tensor, list[bool]]]) -> tuple[Tensor, list[bool]]:
+        pixels = torch.cat([one for one, _ in pieces]).contiguous(memory_format=torch.channels_last)
+        return pixels, [known for _, several in pieces for known in several]
 
     @torch.inference_mode()
     def forward(self, prepared: tuple[Tensor, list[bool]]) -> list[Score]:

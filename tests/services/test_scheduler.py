@@ -17,7 +17,10 @@ from shared.errors import Busy, DeadlineExceeded, NotReady
 class Doubler:
     """Answers 2q by version; hurt by what a test asks of it."""
 
-    def __init__(self, version: int = 1, seconds: float = 0.0, poison: frozenset[int] = frozenset(), room: int = 1 << 30) -> None:
+    def __init__(
+        self, version: int = 1, seconds: float = 0.0, poison: frozenset[int] = frozenset(), room: int = 1 << 30, joins: bool = False
+    ) -> None:
+        self.join = (lambda pieces: [q for piece in pieces for q in piece]) if joins else None
         self.version, self.seconds, self.poison, self.room = version, seconds, poison, room
         self.batches: list[list[int]] = []
         self.collated = self.recovered = 0
@@ -71,12 +74,13 @@ jobs_of = st.lists(
     st.sets(st.integers(0, 1400), max_size=40),
     st.integers(1, 8),
     st.integers(-1, 13),
+    st.booleans(),
 )
 def test_answers_stay_with_their_questions(
-    jobs: list[tuple[int, str, str, bool]], cap: int, buckets: int, poison: set[int], room: int, swap_after: int
+    jobs: list[tuple[int, str, str, bool]], cap: int, buckets: int, poison: set[int], room: int, swap_after: int, joins: bool
 ) -> None:
-    first = Doubler(1, 0.0003, frozenset(poison), room)
-    second = Doubler(2, 0.0003, frozenset(poison), room)
+    first = Doubler(1, 0.0003, frozenset(poison), room, joins)
+    second = Doubler(2, 0.0003, frozenset(poison), room, joins)
 
     async def all_of_them() -> None:
         lane: Lane[int, tuple[int, int]] = Lane("test", first, cap=cap, bucket=lambda q: q % buckets)
@@ -148,6 +152,26 @@ def test_a_whole_further_batch_is_collated_beside_the_running_one() -> None:
 
     run(look)
     assert work.batches == [[0, 1, 2, 3], [99], [4, 5, 6, 7], [8, 9, 10]], "a person overtakes the batch that is ready, once"
+
+
+def test_pieces_are_collated_as_they_come_and_run_as_one_batch() -> None:
+    work = Doubler(seconds=0.05, joins=True)
+
+    async def look() -> None:
+        lane: Lane[int, Any] = Lane("test", work, cap=8)
+        tasks = [asyncio.create_task(lane.ask([0], "train"))]
+        await asyncio.sleep(0.01)
+        for i in range(1, 4):
+            tasks.append(asyncio.create_task(lane.ask([i], "train")))
+            await asyncio.sleep(0.005)
+        assert work.collated == 4 and not work.batches, "each was collated when it came"
+        tasks.append(asyncio.create_task(lane.ask([99], "interactive")))
+        answers = await asyncio.gather(*tasks)
+        assert [one.answers[0][0] for one in answers] == [0, 2, 4, 6, 198]
+        await lane.drain()
+
+    run(look)
+    assert work.batches == [[0], [99], [1, 2, 3]], "one batch of three pieces; a person does not wait for it"
 
 
 def test_no_class_starves() -> None:

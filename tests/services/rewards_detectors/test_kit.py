@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from services.config import ROOT
 from services.registry import resolve
 from services.reward import Item
-from services.rewards._detector_kit import WeightsOptions, batched, fill, folded, read_state, sha256
+from services.rewards._detector_kit import WeightsOptions, batched, fill, folded, in_one_call, read_state, sha256
 from services.rewards._resize import uploaded
 from tests.services.rewards_detectors import tiny
 
@@ -174,3 +174,18 @@ def test_folding_keeps_the_output_or_does_nothing() -> None:
         torch.testing.assert_close(lean(x + 1), model(x + 1), rtol=1e-4, atol=1e-4 * float(model(x + 1).abs().max()))
     swapped = Swapped().eval()
     assert folded(swapped, x) is swapped
+
+
+def test_a_model_in_one_call_is_the_model_or_stays_itself() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    run, pixels = in_one_call(model, torch.randn(2, 3, 8, 8)), torch.randn(5, 3, 8, 8)
+    assert run is not model and torch.equal(run(pixels), model(pixels))
+
+    class Fixed(torch.nn.Module):
+        """Decides in Python: a trace would keep what the trial decided."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum((1, 2, 3)) * (2 if len(x) > 1 else 3)
+
+    fixed = Fixed().eval()
+    assert in_one_call(fixed, torch.ones(2, 3, 8, 8)) is fixed
