@@ -2,8 +2,9 @@
 
 Every contestant is one or more processes here; while one is measured the others are stopped (SIGSTOP), so they cost nothing. Rounds go
 through all contestants, each round in another order, and ratios are taken within a round: neighbours in time share the machine's
-mood. Peers' bodies are encoded before the clock starts, Verism's inside it; the CPU time of encoding is measured for all and counted to the
-client. The model takes at most 32 pictures in a forward pass, for everyone.
+mood. Every client encodes its pictures inside the clock, as a trainer must; only PNG bodies, which would measure nothing but their
+encoder, are made before it, and their encoder's CPU time is counted to the client. The model takes at most 32 pictures in a forward pass,
+for everyone.
 """
 
 import argparse
@@ -46,6 +47,17 @@ ENVIRONMENT = {
 VERISM, VERISM_2 = "Verism", "Verism, 2 processes"
 START_S = 180.0  # a busy machine starts seven servers slowly
 GROUPS, CALLERS, SIDES = (1, 8, 24), (1, 4, 32), (512, 1024)
+IN_FLIGHT = (8, 8)  # groups and callers beside those: 64 pictures, two whole batches
+FAST = ((8, 4), (24, 4), (24, 1))  # with the model `fast`
+DECIDING = {
+    ("sleep", 8, 4),
+    ("sleep", 24, 4),
+    ("sleep", 1, 32),
+    ("sleep", *IN_FLIGHT),
+    ("detector", 8, 4),
+    *(("fast", *each) for each in FAST),
+}
+WARM = 0.25  # share of a cell's seconds that does not count: callers start together, and drift apart
 console = Console(stderr=True)
 
 
@@ -118,7 +130,7 @@ def peer_server(name: str, model: str) -> Server:
 
 
 class Pool:
-    """Pictures of each side, and the peers' bodies, made before any clock runs; `encode_ms` is what a body's picture costs."""
+    """Pictures of each side, and the bodies that are made before any clock runs; `encode_ms` is what a picture of these costs."""
 
     def __init__(self) -> None:
         self.pictures: dict[int, list[np.ndarray]] = {}
@@ -136,6 +148,8 @@ class Pool:
         return pool[:group]
 
     def body(self, peer: peers.Peer, side: int, group: int) -> bytes:
+        if not peer.made_before:
+            return peer.encode(self.images(side, group))
         key = (peer.name, side, group)
         if key not in self._bodies:
             images = self.images(side, group)
@@ -183,7 +197,8 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 async def cell(server: Server, pool: Pool, side: int, group: int, callers: int, seconds: float, limit: float) -> dict[str, Any]:
-    """Closed loop: each caller sends its next group when the last one is answered. Rate over the time in which all callers ask.
+    """Closed loop: each caller sends its next group when the last one is answered. The rate is that between two answers: the last one in the
+    first quarter of the time (or the start), and the last one of all while every caller asks.
 
     Callers stop after `seconds`; what is not answered by `limit` is cancelled, and `censored` says so.
     """
@@ -207,10 +222,12 @@ async def cell(server: Server, pool: Pool, side: int, group: int, callers: int, 
         failures = [str(task.exception()) for task in done if task.exception()]
         if late:
             await ask(side, 1)  # what was cancelled may still be worked on
-    inside = [t for t in finished if t <= seconds] or finished
+    inside = sorted([t for t in finished if t <= seconds] or finished)
+    first = max((t for t in inside if t <= WARM * seconds), default=0.0)
+    counted = [t for t in inside if t > first]
     images, encode = len(finished) * group, pool.encode_ms.get((server.name, side), 0.0)
     return {
-        "images_per_second": len(inside) * group / max(inside) if inside else 0.0,
+        "images_per_second": len(counted) * group / (counted[-1] - first) if counted else 0.0,
         "p50_ms": 1000 * quantile(latencies, 0.5),
         "p99_ms": 1000 * quantile(latencies, 0.99),
         "server_cpu_ms": 1000 * cpu / images if images and not late else None,
@@ -329,10 +346,12 @@ class Plain:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure; `cells` are (model, side, group, callers, rounds). Past `minutes` no cell gets another round."""
+    """How much to measure; `cells` are (model, side, group, callers, rounds), `longer` the seconds of those that decide. Past `minutes` no cell
+    gets another round."""
 
     cells: tuple[tuple[str, int, int, int, int], ...]
     seconds: float
+    longer: float
     limit: float
     adhoc_s: float
     idle_s: float
@@ -342,14 +361,17 @@ class Plan:
 
 def plan(quick: bool) -> Plan:
     if quick:
-        few = [("sleep", 512, 24, 4), ("sleep", 512, 8, 4), ("sleep", 512, 1, 32), ("sleep", 512, 1, 1), ("detector", 512, 8, 4)]
-        return Plan(tuple((*each, 1) for each in few), 0.8, 3.0, 1.5, 10.0, 2.0, 3.0)
+        few = [("sleep", 512, 24, 4), ("sleep", 512, 8, 4), ("sleep", 512, 1, 32), ("sleep", 512, 1, 1)]
+        few += [("sleep", 512, *IN_FLIGHT), ("fast", 512, 24, 4), ("fast", 512, 8, 4), ("detector", 512, 8, 4)]
+        return Plan(tuple((*each, 1) for each in few), 0.8, 1.6, 3.0, 1.5, 10.0, 2.0, 4.0)
 
     def rounds(model: str, side: int, group: int, callers: int) -> int:
         return 1 if side > 512 or group * callers > 128 else 3
 
-    every = itertools.product(("sleep", "detector"), SIDES, GROUPS, CALLERS)
-    return Plan(tuple((*each, rounds(*each)) for each in every), 1.0, 5.0, 3.0, 10.0, 4.0, 25.0)
+    every = [("sleep", *each) for each in itertools.product(SIDES, GROUPS, CALLERS)] + [("sleep", 512, *IN_FLIGHT)]
+    every += [("fast", 512, *each) for each in FAST]
+    every += [("detector", *each) for each in itertools.product(SIDES, GROUPS, CALLERS)]
+    return Plan(tuple((*each, rounds(*each)) for each in every), 1.0, 3.0, 6.0, 3.0, 10.0, 4.0, 30.0)
 
 
 def measure(the_plan: Plan, wanted: Sequence[str]) -> dict[str, Any]:
@@ -380,7 +402,7 @@ def measure(the_plan: Plan, wanted: Sequence[str]) -> dict[str, Any]:
                     if model == "sleep":
                         extra["idle_percent"] = idle(servers, pool, the_plan.idle_s)
                     for turn in range(max(each[4] for each in the_plan.cells)):
-                        share = 0.5 if model == "sleep" else 1.0
+                        share = {"sleep": 0.45, "fast": 0.55}.get(model, 1.0)
                         if turn and time.monotonic() - began > 60 * the_plan.minutes * share:
                             break
                         order = servers[turn % len(servers) :] + servers[: turn % len(servers)]
@@ -388,14 +410,15 @@ def measure(the_plan: Plan, wanted: Sequence[str]) -> dict[str, Any]:
                             key = f"{model} {side} {group}x{callers}"
                             for server in servers:
                                 server.send(signal.SIGSTOP)
-                            rate = plain.rate(side, the_plan.seconds)
+                            seconds = the_plan.longer if side == 512 and (model, group, callers) in DECIDING else the_plan.seconds
+                            rate = plain.rate(side, seconds)
                             plain_rates.setdefault(key, []).append(rate)
                             for server in order:
-                                if server.peer is not None:
+                                if server.peer is not None and server.peer.made_before:
                                     pool.body(server.peer, side, group)
                                 with alone(server, servers):
                                     try:
-                                        work = cell(server, pool, side, group, callers, the_plan.seconds, the_plan.limit)
+                                        work = cell(server, pool, side, group, callers, seconds, the_plan.limit)
                                         got = asyncio.run(work)
                                     except (RuntimeError, httpx.HTTPError) as error:
                                         got = {"images_per_second": 0.0, "failures": [repr(error)]}
@@ -404,7 +427,7 @@ def measure(the_plan: Plan, wanted: Sequence[str]) -> dict[str, Any]:
                                 cells.setdefault(key, {}).setdefault(server.name, []).append(got)
                             fastest = ", ".join(f"{s.name} {cells[key][s.name][-1]['images_per_second']:.0f}" for s in order)
                             console.print(f"[dim]{time.monotonic() - began:5.0f} s[/] {key}: plain {rate:.0f}, {fastest}")
-                        for server in order:
+                        for server in order if model != "fast" else []:
                             with alone(server, servers):
                                 try:
                                     got = asyncio.run(ad_hoc(server, pool, the_plan.adhoc_s))

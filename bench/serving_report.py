@@ -11,6 +11,9 @@ from rich.table import Table
 START, END = "<!-- serving: written by make bench-serving -->", "<!-- end of serving -->"
 Result = dict[str, Any]
 VERISM = ("Verism", "Verism, 2 processes")
+# With 32 pictures in flight in all the model either waits for the callers between two batches of 32, or runs 16 while the other 16 travel:
+# 16 / (8 + 1.5 x 16) ms of 32 / (8 + 1.5 x 32) ms.
+IN_TURN = (16 / 32) / (32 / 56)
 
 
 def values(result: Result, key: str, name: str, field: str) -> list[float]:
@@ -55,23 +58,18 @@ def targets(result: Result) -> list[tuple[str, str, str]]:
     def median_is(numbers: list[float], test: Any) -> bool:
         return bool(numbers) and bool(test(statistics.median(numbers)))
 
-    for model, bound in (("sleep", 0.95), ("detector", 0.90)):
-        for shape in ("8x4", "1x32"):
-            got = values(result, f"{model} 512 {shape}", VERISM[0], "of_plain")
-            how = shape.replace("x", " x ") + " callers"
-            row(
-                f"{model}: {bound:.2f} of its own batched rate, 32 in flight ({how})",
-                got,
-                median_is(got, lambda m, b=bound: m >= b),
-            )
-    for shape in ("8x4", "24x4", "24x32"):
-        got, best = ratio_to_best_peer(result, f"sleep 512 {shape}", "images_per_second", True)
-        row(
-            f"sleep: 2x the images/s of the best peer, 512x512 ({shape})",
-            got,
-            median_is(got, lambda m: m >= 2),
-            best and f" of {best}",
-        )
+    def of_plain(model: str, shape: str, what: str, bound: float, of: float = 1.0) -> None:
+        got = [each / of for each in values(result, f"{model} 512 {shape}", VERISM[0], "of_plain")]
+        row(f"{model}: {bound:.2f} of {what} ({shape})", got, median_is(got, lambda m: m >= bound))
+
+    of_plain("sleep", "8x4", "its rate in batches of 16 in turn: the most with 32 in flight", 0.95, IN_TURN)
+    of_plain("sleep", "1x32", "the same", 0.95, IN_TURN)
+    of_plain("sleep", "8x8", "its rate in batches of 32, 64 in flight", 0.95)
+    of_plain("sleep", "8x4", "its rate in batches of 32, 32 in flight; 0.875 is the most", 0.95)
+    of_plain("detector", "8x4", "its own batched rate, 32 in flight", 0.90)
+    for model, shape in (("fast", "24x4"), ("fast", "8x4"), ("sleep", "24x4"), ("sleep", "8x4"), ("sleep", "1x32")):
+        got, best = ratio_to_best_peer(result, f"{model} 512 {shape}", "images_per_second", True)
+        row(f"{model}: 2x the images/s of the best peer ({shape})", got, median_is(got, lambda m: m >= 2), best and f" of {best}")
     for model in ("sleep", "detector"):
         own = adhoc(result, model, VERISM[0])
         others = {
@@ -170,11 +168,13 @@ def section(result: Result) -> str:
     parts = [
         "## Serving (`make bench-serving`)",
         f"{result['when'][:10]}, {result['cores']} shared CPU cores, {load}{nice}, {result['minutes']:.0f} minutes. The model `sleep` waits "
-        f"8 + 1.5 n ms for n pictures, at most 32; `detector` is `world/detector` on one thread. Clients and servers share the cores. "
-        "Median over rounds, with the range; `8x4` is groups of 8 from 4 callers.",
+        f"8 + 1.5 n ms for n pictures, at most 32, `fast` 2 + 0.1 n ms; `detector` is `world/detector` on one thread. Clients and servers "
+        "share the cores. Median over rounds, with the range; `8x4` is groups of 8 from 4 callers.",
         markdown(*overview(result)),
         "CPU is for groups of 24 from 4 callers; the client's counts encoding. Health is p99 while forward passes of 500 ms run, ad hoc one "
-        "picture while four trainers send groups of 24. Peers' pictures were encoded before the clock started, Verism's within it.",
+        "picture while four trainers send groups of 24. All encode within the clock but `FastAPI, as written`, whose PNGs were made before it. "
+        "With `sleep` a server that sends each group of 24 to the model as it comes can have 0.95 of the rate of batches of 32: no other can "
+        "have twice of it. `fast` is quicker than pictures come, and shows what the servers take.",
         markdown(["target", "seen", ""], [list(row) for row in targets(result)]),
         markdown(*against(result)),
         markdown(["contestant", "setting"], [[n, result["settings"][n]] for n in names]),

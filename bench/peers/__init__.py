@@ -24,7 +24,9 @@ NAMES = ("litserve_raw", "fastapi_json", "fastapi_raw", "flask_pickle", "infinit
 
 @dataclass(frozen=True)
 class Peer:
-    """`encode` makes the body of a group, `decode` its scores of the answer; `health` is what a load balancer would ask."""
+    """`encode` makes the body of a group, `decode` its scores of the answer; `health` is what a load balancer would ask.
+
+    Where `encode` is so slow that little else would be seen, `made_before` has its bodies made before the clock starts."""
 
     name: str
     setting: str
@@ -35,6 +37,7 @@ class Peer:
     path: str = "/predict"
     health: str = "/health"
     environment: str = ".venv-peers"
+    made_before: bool = False
 
     @property
     def python(self) -> Path:

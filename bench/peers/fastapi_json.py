@@ -17,6 +17,7 @@ PEER = Peer(
     decode=lambda body: json.loads(body)["scores"],
     content_type="application/json",
     module=__name__,
+    made_before=True,
 )
 
 
