@@ -4,7 +4,7 @@ Three questions about a group of 24 pictures of one prompt: the first token (for
 and a tournament of all pairs in both orders (unified_compare). The loop is what reward servers of diffusion-RL repositories do:
 transformers, one question a forward pass. `vllm.LLM.chat` with the same questions at once is the most that a server of vLLM could reach.
 All have the same weights and precision, the same questions and one thread; while one is measured, the others are stopped. Rounds are
-interleaved, each with other pictures, and ratios are taken within a round. Beside it: what one /score with two rewards takes.
+interleaved, each task of each with other pictures, and ratios are taken within a round. Beside it: what one /score with two rewards takes.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -152,12 +153,13 @@ def contestants(folder: Path, dtype: str, without: Sequence[str]) -> Iterator[li
 
 
 def pictures(side: int, number: int) -> list[NDArray[np.uint8]]:
-    """Photographs of round `number`, enlarged where `side` says so; every round has others."""
+    """Photographs, enlarged where `side` says so; every `number` has others, so that no task finds pictures of another one kept."""
     from PIL import Image
 
     from world import photographs
 
-    own = photographs.load("test")[0][number * GROUP : (number + 1) * GROUP]
+    every = photographs.load("test")[0]
+    own = every[number % (len(every) // GROUP) * GROUP :][:GROUP]
     return [np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.BICUBIC)) if side != 28 else p for p in own]
 
 
@@ -174,9 +176,9 @@ def run(folder: Path | None, side: int, dtype: str, rounds: int, tasks: Sequence
         for one in made:
             one.send(signal.SIGSTOP)
         for number in track(range(rounds + 1), description="rounds (the first warms up)", console=console):
-            images, file = pictures(side, number), Path(place) / f"{number}.npy"
-            np.save(file, np.stack(images))
-            for task in tasks:
+            for place_of, task in enumerate(tasks):
+                images, file = pictures(side, number * len(tasks) + place_of), Path(place) / f"{number}-{place_of}.npy"
+                np.save(file, np.stack(images))
                 said: dict[str, list[float]] = {}
                 for one in made if number % 2 else reversed(made):
                     one.send(signal.SIGCONT)
@@ -192,12 +194,12 @@ def run(folder: Path | None, side: int, dtype: str, rounds: int, tasks: Sequence
                     for name, got in said.items():
                         worst = float(np.abs(np.subtract(got, wanted)).max())
                         samples[task][name][-1]["difference"] = worst
-        both = [together(one, pictures(side, rounds + 1)) for one in made if one.name == HERE]
+        both = [together(one, side, (rounds + 1) * len(tasks)) for one in made if one.name == HERE]
     return _show(folder, side, dtype, rounds, samples, both[0] if both else {}, before)
 
 
-def together(service: Contestant, images: list[NDArray[np.uint8]], times: int = 9) -> dict[str, float]:
-    """Median ms of one /score with one reward, and with two."""
+def together(service: Contestant, side: int, number: int, times: int = 9) -> dict[str, float]:
+    """Median ms of one /score with one reward, and with two, each time with other pictures; `number` says from where."""
     assert service.url is not None
     service.send(signal.SIGCONT)
     asked = (
@@ -209,11 +211,13 @@ def together(service: Contestant, images: list[NDArray[np.uint8]], times: int = 
         ["sleep", "forensic_chat"],
     )
     out: dict[str, list[float]] = {}
+    others = itertools.count(number)
 
     async def work(url: str) -> None:
         async with RewardClient(dict.fromkeys(["detector", "forensic_chat", "sleep", "other_sleep"], url), timeout_s=120) as client:
             for _ in range(times + 1):
                 for names in asked:
+                    images = pictures(side, next(others))
                     began = time.perf_counter()
                     table = await client.score(images, rewards=names)
                     out.setdefault(" and ".join(names), []).append(1000 * (time.perf_counter() - began))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Sampling, open_engine
 from services.engines.cpu import linears_by_onednn
@@ -149,11 +149,16 @@ def test_inputs_are_those_of_the_processor_and_positions_those_of_the_model(engi
 
 
 def test_a_picture_is_seen_once_as_long_as_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = TransformersEngine(EngineOptions(folder=tiny_judge.made(), batch=2), "cpu"), []
+    engine, seen = TransformersEngine(EngineOptions(folder=tiny_judge.made(), batch=2), "cpu"), list[int]()
     reader = engine._reader
     assert reader is not None
     look = reader.core.get_image_features
-    monkeypatch.setattr(reader.core, "get_image_features", lambda p, g, **k: (seen.append(len(g)), look(p, g, **k))[1])
+
+    def counted(pixels: torch.Tensor, grids: torch.Tensor, **more: Any) -> Any:
+        seen.append(len(grids))
+        return look(pixels, grids, **more)
+
+    monkeypatch.setattr(reader.core, "get_image_features", counted)
     a, b, c = pictures()[:3]
     asked = [Chat((x, y, "Which?")) for x in (a, b, c) for y in (a, b, c)]
     first = engine.first(asked, SPELLINGS)
@@ -165,6 +170,38 @@ def test_a_picture_is_seen_once_as_long_as_it_is_kept(monkeypatch: pytest.Monkey
     for one, other in zip(first, again, strict=True):
         assert isinstance(one, First) and isinstance(other, First)
         assert dict(one.logprobs) == pytest.approx(dict(other.logprobs), abs=1e-4)
+
+
+def test_a_qwen2_vl_is_read_in_the_same_way(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_judge.made(), tmp_path / "older"))
+    old = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    text |= {"vocab_size": old["text_config"]["vocab_size"], "rope_parameters": rope, "max_position_embeddings": 4096}
+    seen = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2}
+    marks = {k: old[k] for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=seen, tie_word_embeddings=True, **marks)
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for _, one in sorted(model.named_parameters()):
+        if one.ndim >= 2:
+            one.data = torch.randn(one.shape, generator=generator) * one[0].numel() ** -0.5
+    model.save_pretrained(folder)
+    engine, processor = TransformersEngine(EngineOptions(folder=folder, batch=8), "cpu"), AutoProcessor.from_pretrained(folder)
+    assert engine._reader is not None and type(engine.model) is Qwen2VLForConditionalGeneration
+    ids = [row[0] for row in engine.tokens(SPELLINGS)]
+    for chat, answer in zip(chats(), engine.first(chats(), SPELLINGS), strict=True):
+        inputs = processor(text=[engine._text(chat)], images=list(chat.images) or None, return_tensors="pt")
+        with torch.inference_mode():
+            wanted = model(**inputs).logits[0, -1].log_softmax(-1)[ids].tolist()
+        assert isinstance(answer, First) and [answer.logprobs[s] for s in SPELLINGS] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is for x86")
