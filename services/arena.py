@@ -9,17 +9,17 @@ judge.yaml is a reward that compares, as in a service's file, for instance a rem
 Without a `template` the question is services/arena.yaml. Pictures of the same name meet, where both folders have the same names; else
 every picture meets others at random. Each pair is asked in both orders: who wins in both has won, anything else is half a win for each.
 Each pair is a line of the file as soon as it is judged. The same command again asks only for what is missing there.
+
+Of a reward service that runs, `verism-eval arena ours/ theirs/ --url http://HOST:PORT --reward NAME` asks the same.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +30,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from services.compare import consistent, plus_four
+from services.compare import consistent
 from services.config import RewardConfig
 from services.registry import resolve
 from services.reward import Comparer, Pair
 from services.worker import pick_device
+from shared.arena import PAUSES_S, Match, Standing, matches, names, standing
 from shared.errors import VerismError
 from shared.image import decode, from_file
 from shared.schema import Score
 
 QUESTION = Path(__file__).with_suffix(".yaml")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".qoi")
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-Match = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Of folder a: consistent wins, losses, ties, and pairs without a verdict. `rate` counts a tie as half; its error is the plus-four
-    one of services.compare. `shown_first` is how often what is shown first was preferred: 0.5 is a judge without a leaning."""
-
-    wins: int
-    losses: int
-    ties: int
-    missing: int
-    rate: float | None
-    error: float | None
-    shown_first: float | None
-
-
-def matches(a: Sequence[str], b: Sequence[str], pairs: int | None, seed: int) -> list[Match]:
-    """By name where both have the same names; else random, none twice, each picture of `a` as often as any other (or once more)."""
-    rng = np.random.default_rng(seed)
-    if set(a) == set(b):
-        return [(a[i], a[i]) for i in sorted(rng.permutation(len(a))[:pairs])]
-    one, other = ([several[i] for i in rng.permutation(len(several))] for several in (a, b))
-    turn = math.lcm(len(a), len(b))  # pairs until the two go round together; then `b` moves on by one
-    count = min(pairs or max(len(a), len(b)), len(a) * len(b))
-    return [(one[k % len(a)], other[(k + k // turn) % len(b)]) for k in range(count)]
-
-
-def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
-    """Of lines that hold `verdict`, `forward` and `backward`."""
-    verdicts = [row["verdict"] for row in rows if row["verdict"] is not None]
-    count, total = len(verdicts), math.fsum(verdicts)
-    shown = [(row["forward"] + row["backward"]) / 2 for row in rows if row["verdict"] is not None]
-    return Standing(
-        wins=verdicts.count(1.0),
-        losses=verdicts.count(0.0),
-        ties=verdicts.count(0.5),
-        missing=len(rows) - count,
-        rate=total / count if count else None,
-        error=float(plus_four(total, count)) if count else None,
-        shown_first=math.fsum(shown) / count if count else None,
-    )
 
 
 def asked(judge: Comparer, pairs: Sequence[Pair], sleep: Callable[[float], None] = time.sleep) -> list[tuple[Score, Score]]:
@@ -212,13 +169,6 @@ def load_judge(path: Path, device: str) -> Comparer:
     if "prompt" in judge.info.needs:
         raise ValueError(f"{path}: the template asks about a {{prompt}}, and pictures in folders have none; leave it away")
     return judge
-
-
-def names(folder: Path) -> list[str]:
-    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
-    if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
-    return found
 
 
 def _show(console: Console, a: Path, b: Path, result: Standing) -> None:

@@ -1,10 +1,11 @@
-"""`verism-train RECIPE key=value ...` trains a policy; `verism-eval RUN` looks at what came out."""
+"""`verism-train RECIPE key=value ...` trains a policy; `verism-eval RUN` looks at what came out, `verism-eval arena` at two folders."""
 
 import argparse
 import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from shared import arena
+from shared.errors import VerismError
 from trainer import checkpoint
 from trainer.config import ConfigError, RunConfig, dump, load, recipe_names
 
@@ -40,9 +43,23 @@ EVAL_HELP = """\
   verism-eval runs/world --step 20        another one
   verism-eval world/policy                a policy that no run has touched, by recipe `world`
   verism-eval runs/world eval.samples=32  any key of the configuration, dotted
+  verism-eval arena FOLDER_A FOLDER_B     which folder a judge prefers (verism-eval arena --help)
 
 Prints rewards and, where eval.monitors names them, what was never a reward: held-out detectors, distance, class hit.
 Writes evaluations/NAME.json and .png into the run folder (for a policy: into --out).
+"""
+
+ARENA_HELP = """\
+start a service whose reward compares pairs, then let two folders of pictures meet:
+  verism-serve examples/serve/judge.yaml
+  verism-eval arena samples/ photographs/ --url http://localhost:8004 --reward pairs --prompt "a photo of a bag"
+  verism-eval arena before/ after/ --pairs 200 --out runs/arena.jsonl
+
+Pictures of the same name meet, where both folders have the same names (before and after training); else each meets others at random
+(--seed). Every pair is asked in both orders, since judges lean to a place: who wins in both has won, anything else is half a win for each.
+Says the win rate of FOLDER_A with its standard error, and how often what is shown first is preferred: far from 50 %, take another judge.
+A reward served with `template: services/arena.yaml` asks which picture is more realistic, and needs no --prompt. A service that wants a key
+gets the one in VERISM_API_KEY. A judge without a service, or a remote one with its key: python -m services.arena --help
 """
 
 
@@ -60,7 +77,10 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """`verism-eval`; exit status 0 done, 2 cannot."""
+    """`verism-eval`, and `verism-eval arena`; exit status 0 done, 2 cannot."""
+    told = list(sys.argv[1:] if argv is None else argv)
+    if told[:1] == ["arena"]:  # a run folder of that name is ./arena
+        return _arena(told[1:])
     parser = _parser("verism-eval", "Evaluate a run's checkpoint, or a policy.", EVAL_HELP)
     parser.add_argument("what", type=Path, help="a run folder, or a policy in diffusers format")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
@@ -71,9 +91,91 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         help="whose prompts, sampling and services judge a policy (default: world)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evaluations"), help="folder for a policy's evaluation")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(told)
     console = Console()
     return _guarded(console, lambda: _evaluate(args, console))
+
+
+def _arena(argv: Sequence[str]) -> int:
+    """Exit status 0 when every pair has a verdict, 1 when some are missing, 2 when it cannot begin, 130 when interrupted."""
+    parser = _parser("verism-eval arena", "Which of two folders of pictures does a judge prefer?", ARENA_HELP)
+    parser.add_argument("a", type=Path, help="a folder of pictures")
+    parser.add_argument("b", type=Path, help="the other folder")
+    parser.add_argument("--url", default="http://localhost:8004", help="the reward service (default: http://localhost:8004)")
+    parser.add_argument("--reward", default="pairs", help="its reward that compares (default: pairs)")
+    parser.add_argument("--prompt", help="what the pictures should show, where the reward's question asks for it")
+    parser.add_argument("--pairs", type=_count, help="how many (default: as many as the larger folder has pictures)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs (default: 0)")
+    parser.add_argument("--batch", type=_count, default=16, help="pairs of one request (default: 16)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="longest wait for one request, in seconds (default: 120)")
+    parser.add_argument("--out", type=Path, help="a new file: a line of JSON for each pair as soon as it is judged")
+    args = parser.parse_args(argv)
+    console = Console()
+    try:
+        wanted = arena.matches(arena.names(args.a), arena.names(args.b), args.pairs, args.seed)
+        if args.out is not None and args.out.exists():
+            raise ValueError(f"{args.out} is there already; give another --out, or remove it")
+        service = arena.Service(args.url, args.reward, args.prompt, args.timeout)
+    except (OSError, ValueError, VerismError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    try:
+        rows = _met(args, service, wanted)
+    except KeyboardInterrupt:
+        console.print("interrupted" + (f"; what was judged is in {args.out}" if args.out is not None else ""), soft_wrap=True)
+        return 130
+    finally:
+        service.close()
+    return _told(console, args, rows)
+
+
+def _count(text: str) -> int:
+    """At least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few; give 1 or more")
+    return number
+
+
+def _met(args: argparse.Namespace, service: arena.Service, wanted: Sequence[arena.Match]) -> list[arena.Row]:
+    """All rows, with progress on the error stream, and each batch into the file when it is judged."""
+    rows: list[arena.Row] = []
+    columns = (
+        TextColumn("pairs"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(wanted))
+        for start in range(0, len(wanted), args.batch):
+            new = service.meet(args.a, args.b, wanted[start : start + args.batch])
+            rows += new
+            progress.update(task, completed=len(rows))
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                with args.out.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in new)
+    return rows
+
+
+def _told(console: Console, args: argparse.Namespace, rows: Sequence[arena.Row]) -> int:
+    result = arena.standing(rows)
+    table = Table("preferred", "pairs", title=f"{args.reward} at {args.url}")
+    for name, count in ((str(args.a), result.wins), (str(args.b), result.losses), ("neither in both orders", result.ties)):
+        table.add_row(name, str(count))
+    table.add_row("without a verdict", str(result.missing))
+    console.print(table)
+    for kind, count in Counter(row["error"] for row in rows if row["error"]).items():
+        console.print(f"{count} without a verdict: {kind}", markup=False, highlight=False, soft_wrap=True)
+    if result.rate is None:
+        console.print("no pair has a verdict; the service's log says why", soft_wrap=True)
+    else:
+        rate = f"{args.a} wins {result.rate:.3f} +- {result.error:.3f} of its pairs, ties as half"
+        console.print(f"{rate}; what is shown first is preferred {result.shown_first:.1%}", highlight=False, soft_wrap=True)
+    return 1 if result.missing else 0
 
 
 def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
