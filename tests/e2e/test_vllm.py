@@ -126,7 +126,7 @@ def test_questions_of_one_request_are_those_of_single_ones(engine: VllmEngine, m
         Chat((picture(400 + i, 40, 40), "Which?"), system=None if i % 2 else "You are a helpful assistant.") for i in range(30)
     ]
     together = engine.first(group, SPELLINGS)
-    assert posted.count("/v1/chat/completions/batch") == 2 and "/v1/chat/completions" not in posted
+    assert posted.count("/v1/chat/completions/batch") == -(-30 // module._TOGETHER) and "/v1/chat/completions" not in posted
     written = engine.generate(group[:4], Sampling(max_tokens=4))
     monkeypatch.setattr(engine, "_together", False)
     for a, b in zip(together, engine.first(group, SPELLINGS), strict=True):
@@ -140,6 +140,33 @@ def test_questions_of_one_request_are_those_of_single_ones(engine: VllmEngine, m
     older = engine.first(group[:3], SPELLINGS)
     assert posted == ["/v1/chat/completions/batch"] + ["/v1/chat/completions"] * 3 and not engine._together
     assert all(isinstance(one, First) for one in older)
+
+
+def test_echoes_of_one_request_are_those_of_single_ones(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[str] = []
+    post = engine._http.post
+    monkeypatch.setattr(engine._http, "post", lambda url, **rest: (posted.append(url), post(url, **rest))[1])
+    asked = [Chat((picture(450 + i, 40, 40 + 28 * (i % 2)), "What?"), continuation=CAPTIONS[i % 5]) for i in range(9)]
+    together = engine.echo(asked)
+    assert posted.count("/v1/chat/completions/batch") == 2 and "/v1/chat/completions" not in posted
+    alone = [engine.echo([one])[0] for one in asked]
+    assert posted.count("/v1/chat/completions") == 9
+    for a, b in zip(together, alone, strict=True):
+        assert isinstance(a, Echo) and isinstance(b, Echo) and a.logprobs_T == pytest.approx(b.logprobs_T, abs=BAND)
+
+    def as_vllm_alone(url: str, **rest: Any) -> httpx.Response:
+        answer = post(url, **rest)
+        told = answer.json()
+        for choice in told.get("choices", []):
+            choice.pop("prompt_logprobs", None)
+        return httpx.Response(answer.status_code, json=told, request=answer.request)
+
+    monkeypatch.setattr(engine, "_echoes", True)
+    monkeypatch.setattr(engine._http, "post", as_vllm_alone)
+    for a, b in zip(together, engine.echo(asked), strict=True):
+        assert isinstance(a, Echo) and isinstance(b, Echo) and a.logprobs_T == pytest.approx(b.logprobs_T, abs=BAND)
+    assert not engine._echoes, "one by one from now on"
+    monkeypatch.setattr(engine, "_echoes", True)
 
 
 def test_a_picture_that_the_server_has_no_more_is_sent_again(engine: VllmEngine, here: Engine) -> None:
