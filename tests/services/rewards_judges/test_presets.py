@@ -1,5 +1,6 @@
 """Presets: each names a checkpoint as options that load, here with the small judge in its place; what is given beside one wins."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,15 @@ def test_what_does_not_fit_is_said(options: dict[str, Any], said: str) -> None:
         resolve("artifact_reward").load("judge", options, "cpu")
 
 
-def test_the_example_names_presets_that_there_are(root: Path) -> None:
-    """Each of its rewards, once a commit stands where the file leaves it to the reader."""
-    served = configuration.load(root / "examples" / "serve" / "judges-published.yaml")
-    assert len(served.rewards) >= 6
-    for reward in served.rewards.values():
-        told = reward.options()
-        name = told["preset"]
-        assert name in presets(question(reward.use))
-        resolve(reward.use).load("judge", {"preset": name, "folder": FOLDER}, "cpu")
+def test_the_example_holds_with_and_without_what_is_left_to_the_reader(root: Path, tmp_path: Path) -> None:
+    text = (root / "examples" / "serve" / "judges-published.yaml").read_text()
+    whole = re.sub(r"(?m)^  # (\w+: \{)", r"  \1", text).replace("COMMIT", COMMIT).replace("FOLDER", str(FOLDER))
+    for served, count in ((text, 4), (whole, 9)):
+        (tmp_path / "c.yaml").write_text(served)
+        rewards = configuration.load(tmp_path / "c.yaml").rewards
+        engines = {}
+        for name, reward in rewards.items():
+            told = expand(question(reward.use), reward.options())
+            options = resolve(reward.use).options_class.model_validate(told)
+            engines[name] = options.for_engine().model_dump_json()
+        assert len(rewards) == count and len({engines[name] for name in ("artefacts", "echo", "levels", "pairs")}) == 1
