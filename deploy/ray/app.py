@@ -61,17 +61,17 @@ class Service:
         from services.app import create_app
 
         loaded = config.load(Path(path))
-        self.app = create_app(loaded if loaded.threads else loaded.model_copy(update={"threads": threads}))
+        self.service = create_app(loaded if loaded.threads else loaded.model_copy(update={"threads": threads}))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.service
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {METRIC: self.app.state.verism.metrics.registry.get_sample_value("verism_inflight_images") or 0.0}
+        return {METRIC: self.service.state.verism.metrics.registry.get_sample_value("verism_inflight_images") or 0.0}
 
     def check_health(self) -> None:
         """Ray replaces a replica whose device is lost, as a supervisor restarts verism-serve."""
-        if any(lane.lost for lane in self.app.state.verism.lanes):
+        if any(lane.lost for lane in self.service.state.verism.lanes):
             raise RuntimeError("a reward's device is lost; the replica has to be started again")
 
 

@@ -113,6 +113,7 @@ def test_two_replicas_share_the_work_and_score_as_a_plain_service(url: str, tmp_
 
 def test_load_adds_a_replica(url: str, tmp_path: Path) -> None:
     options = Options(config=config(tmp_path), replicas=1, max_replicas=2, images_per_replica=8, cpus=0.5, upscale_delay_s=1)
+    serve.delete("default")  # else the two replicas of the test before would stay for downscale_delay_s
     serve.run(build(options), route_prefix="/")
     assert running() == 1
 
