@@ -45,8 +45,9 @@ def test_every_word_that_it_is_taught_is_one_token() -> None:
     assert judge.tokenizer().get_vocab() == tokens.get_vocab(), "the recipe makes what is shipped"
 
 
-def test_every_shipped_question_has_lessons_with_known_answers() -> None:
-    assert set(judge.QUESTIONS) == {file.stem for file in HERE.glob("*.yaml")}
+def test_every_question_that_a_reward_asks_by_itself_has_lessons_with_known_answers() -> None:
+    own = {exam.resolve(name).template for name in exam.OPTIONS} | {"edit_score_quality", "auto_rubric_propose"}
+    assert set(judge.QUESTIONS) == own <= {file.stem for file in HERE.glob("*.yaml")}
     real, classes = photographs.load("train")
     stock = judge.stock_of(np.repeat(real[:50], 2, 0))
     for name in judge.QUESTIONS:
@@ -65,6 +66,24 @@ def test_a_defect_grows_with_its_severity() -> None:
         assert 0 < gap[0] < gap[1] < gap[2], defect
     with pytest.raises(ValueError, match="banding"):
         lessons.spoil(real[0], "rust", 0.5, np.random.default_rng(0))
+
+
+def test_a_word_is_legible_through_noise_and_bands_and_not_through_blur_and_blocks() -> None:
+    real, classes = photographs.load("test")
+    rng = np.random.default_rng(0)
+    for defect, read in (("noise", True), ("banding", True), ("blur", False), ("blocks", False)):
+        told = []
+        for i in range(20):
+            plain = lessons.Picture(real[i], int(classes[i]))
+            written = lessons.lettered(plain, lessons.WORDS[i % 12], rng)
+            told.append(lessons.legible(plain.pixels, written.pixels, lessons.spoilt_copy(written, rng, 1.0, defect).pixels))
+        assert np.mean(told) == pytest.approx(float(read), abs=0.15), defect
+
+
+def test_a_kind_near_to_the_one_asked_for_is_less_wrong() -> None:
+    shirt = lessons.Picture(np.zeros((28, 28, 3), np.uint8), 6)
+    assert [shirt.fit(kind) for kind in (6, 0, 8)] == [1.0, 0.4, 0.0]
+    assert shirt.worth(1.0) == 1 > shirt.worth(0.4) > shirt.worth(0.0) == pytest.approx(0.15)
 
 
 def test_it_knows_what_its_card_says() -> None:

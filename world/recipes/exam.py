@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reward_dance": {},
     "unified_compare": {},
     VERDICT: {},
-    "edit_score": {"n": 2},
+    "edit_score": {},
 }
 PAIRED = ("reward_dance", "unified_compare", VERDICT)
 PROMPTED = tuple(name for name in OPTIONS if name not in ("forensic_chat", "artifact_reward"))
@@ -73,15 +73,17 @@ class Exam:
         return Picture(self.real[row], int(self.classes[row]))
 
     def spoilt(self, name: str) -> list[tuple[Item, Item]]:
-        """The same photograph clean or a little spoilt, and spoilt badly."""
+        """The same photograph clean or a little spoilt, and spoilt badly: of lettered ones, so that the word cannot be read any more."""
         rng, out = np.random.default_rng(self.seed + 1), []
         for i, picture in enumerate(self._chosen):
             prompt, references = self._caption(picture.kind, rng), ()
             defect = list(lessons.DEFECTS)[i % len(lessons.DEFECTS)]
             if name == "ocr_judge":
-                picture = lessons.lettered(picture, WORDS[i % len(WORDS)], rng)
-                prompt = f'{prompt} that says "{picture.word}"'
-            elif name == "edit_score":
+                good, bad = self._lettered(picture, WORDS[i % len(WORDS)], bool(i % 2), rng)
+                prompt = f'{prompt} that says "{good.word}"'
+                out.append((Item(good.pixels, prompt), Item(bad.pixels, prompt)))
+                continue
+            if name == "edit_score":
                 edit = i % len(EDITS)
                 references, prompt = (picture.pixels,), list(EDITS)[edit]
                 picture = lessons.edited(picture, edit)
@@ -93,6 +95,17 @@ class Exam:
             good = lessons.spoilt_copy(picture, rng, 0.15, defect) if i % 2 else picture
             out.append((Item(good.pixels, prompt, references), Item(bad.pixels, prompt, references)))
         return out
+
+    def _lettered(self, picture: Picture, word: str, little: bool, rng: np.random.Generator) -> tuple[Picture, Picture]:
+        """With a word that can be read, and badly spoilt so that it cannot: neither noise nor bands hide a word."""
+        good = lessons.lettered(picture, word, rng)
+        while True:
+            defect, severity = str(rng.choice(["blur", "blocks", "erased"])), float(rng.uniform(0.8, 1.0))
+            fair = lessons.spoilt_copy(good, rng, 0.15, defect) if little else good
+            bad = lessons.spoilt_copy(good, rng, severity, defect)
+            seen = [lessons.legible(picture.pixels, good.pixels, one.pixels) for one in (fair, bad)]
+            if seen == [True, False]:
+                return fair, bad
 
     def asked(self, name: str) -> list[tuple[Item, Item]]:
         """The same photograph with a prompt that it shows, and with one that it does not."""
@@ -114,10 +127,14 @@ class Exam:
         return out
 
     def ordered(self, name: str, pairs: Sequence[tuple[Item, Item]], **more: Any) -> float:
-        """Share of the pairs whose first item scores higher; one without a score counts as wrong."""
+        """Share of the pairs whose first item scores higher; a tie counts as wrong, and so does one without a score."""
+        return self.compared(name, pairs, **more)[0]
+
+    def compared(self, name: str, pairs: Sequence[tuple[Item, Item]], **more: Any) -> tuple[float, float]:
+        """That share, and the share of ties."""
         reward = load(name, self.folder, **more)
         first, second = (values(reward.score([pair[k] for pair in pairs])) for k in range(2))
-        return float((first > second).mean())
+        return float((first > second).mean()), float((first == second).mean())
 
     def flips(self, name: str) -> float:
         """Share of pairs (a clean photograph, one of its class that is spoilt) whose preference is right in both orders."""
@@ -167,6 +184,10 @@ class Exam:
             "judge_words_read": self.read(),
         }
         short = {name: name.rpartition(":")[2].lower() if ":" in name else name for name in OPTIONS}
-        out |= {f"judge_spoilt_{short[name]}": self.ordered(name, self.spoilt(name)) for name in OPTIONS}
-        out |= {f"judge_asked_{short[name]}": self.ordered(name, self.asked(name)) for name in PROMPTED}
-        return out | {f"judge_flips_{short[name]}": self.flips(name) for name in PAIRED}
+        ties: dict[str, float] = {}
+        for way, names in ((self.spoilt, tuple(OPTIONS)), (self.asked, PROMPTED)):
+            for name in names:
+                key = f"judge_{way.__name__}_{short[name]}"
+                out[key], ties[f"{key}_tied"] = self.compared(name, way(name))
+        out |= {f"judge_flips_{short[name]}": self.flips(name) for name in PAIRED}
+        return out | {key: tied for key, tied in ties.items() if tied}

@@ -30,6 +30,7 @@ EDITS: dict[str, Callable[[Pixels], Pixels]] = {
     "invert it": lambda x: 255 - x,
 }
 DONE = ("darker", "brighter", "upside down", "inverted")
+NEAR = ({0, 2, 4, 6}, {5, 7, 9})  # tops; shoes: to be asked for one and to show another of them is less wrong
 FORGED = (0.2, 0.35, 0.5, 0.6, 0.65)  # quality of a forgery, by the age of its forger
 CRITERIA = {
     "It shows what the prompt asks for.": lambda p, right: right,
@@ -68,9 +69,13 @@ class Picture:
         """How it looks, in a word or two."""
         return DEFECTS[self.defect] if self.defect else "smooth" if self.fake else "clean"
 
-    def worth(self, right: bool) -> float:
-        """0 to 1, for a prompt that it shows or does not."""
-        return 0.25 + 0.75 * self.quality if right else 0.15 * self.quality
+    def worth(self, fit: float) -> float:
+        """0 to 1, for a prompt that it shows (1) or does not (0), or nearly."""
+        return fit * (0.25 + 0.75 * self.quality) + (1 - fit) * 0.15 * self.quality
+
+    def fit(self, kind: int) -> float:
+        """1 for its own kind, 0.4 for one that is near to it."""
+        return 1.0 if kind == self.kind else 0.4 if any({kind, self.kind} <= group for group in NEAR) else 0.0
 
 
 def spoil(pixels: Pixels, defect: str, severity: float, rng: np.random.Generator) -> Pixels:
@@ -145,6 +150,14 @@ def lettered(picture: Picture, word: str, rng: np.random.Generator) -> Picture:
     return replace(picture, pixels=letter(picture.pixels, word, rng), word=word)
 
 
+def legible(plain: Pixels, written: Pixels, spoilt: Pixels) -> bool:
+    """Whether a word can still be read: by the correlation of before and after where it stands."""
+    rows, columns = np.nonzero((plain != written).any(2))
+    box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    a, b = (one[box].mean(2).ravel() for one in (written, spoilt))
+    return bool(b.std() > 1 and np.corrcoef(a, b)[0, 1] > 0.65)
+
+
 def edited(picture: Picture, edit: int) -> Picture:
     return replace(picture, pixels=list(EDITS.values())[edit](picture.pixels), edit=edit)
 
@@ -181,9 +194,13 @@ class Teacher:
 
     def _prompt(self, picture: Picture, right: bool) -> tuple[str, str]:
         """A caption of its class, or of another; and the bare wording."""
+        return self._fitting(picture, right)[:2]
+
+    def _fitting(self, picture: Picture, right: bool) -> tuple[str, str, float]:
+        """The same, and how well it fits."""
         kind = picture.kind if right else (picture.kind + int(self.rng.integers(1, 10))) % 10
         wording = self.words.choice(captions.WORDINGS[kind])
-        return captions.caption(wording, self.words.choice(captions.TEMPLATES)), wording
+        return captions.caption(wording, self.words.choice(captions.TEMPLATES)), wording, picture.fit(kind)
 
     def _coin(self, p: float = 0.5) -> bool:
         return bool(self.rng.random() < p)
@@ -223,6 +240,16 @@ class Teacher:
             lines.append((self._prompt(wanted, True)[0], "1" if self._coin(surely(lead)) else "2"))
         return Quiz("Picture" if self._coin() else "Image", (first, second), lines)
 
+    def edits(self) -> Quiz:
+        """Two pictures, and edits of which one was made of the first, or none, or of another picture."""
+        before, made = self.stock.draw(self.rng, spoilt=0.0), int(self.rng.integers(len(EDITS)))
+        after = before if self._coin(0.15) else edited(before, made)
+        lines = []
+        for _ in range(4):
+            asked = made if self._coin() else int(self.rng.integers(len(EDITS)))
+            lines.append((list(EDITS)[asked], "yes" if after.edit == asked else "no"))
+        return Quiz("Picture", (before, after), lines)
+
     def prompt_echo(self) -> Lesson:
         """The caption; of a spoilt picture, the more spoilt the oftener, the caption of what it looks like."""
         picture = self.stock.draw(self.rng, fake=0.25, spoilt=0.3)
@@ -249,35 +276,44 @@ class Teacher:
         )
 
     def unified_reward(self) -> Lesson:
-        picture, right = self.stock.draw(self.rng), self._coin(0.6)
-        score = 1 + round(8 * picture.worth(right)) / 2
-        answer = f"{shown(picture)}\nFinal Score: {score:g}"
-        return self._asked("unified_reward", [picture], answer, self._prompt(picture, right)[0])
+        """In tenths; a kind near to the one asked for is less wrong."""
+        picture = self.stock.draw(self.rng)
+        prompt, _, fit = self._fitting(picture, self._coin(0.6))
+        score = 1 + round(40 * picture.worth(fit)) / 10
+        return self._asked("unified_reward", [picture], f"{shown(picture)}\nFinal Score: {score:.1f}", prompt)
 
     def rational_rewards(self) -> Lesson:
-        picture, right, text = self.stock.draw(self.rng), self._coin(0.6), "N/A"
-        prompt, wording = self._prompt(picture, right)
+        picture, text = self.stock.draw(self.rng), "N/A"
+        prompt, wording, fit = self._fitting(picture, self._coin(0.6))
         if self._coin(0.25):
             word = self.words.choice(WORDS)
             prompt, there = f'{prompt} that says "{word}"', self._coin()
             picture = lettered(picture, word if there else self.words.choice([w for w in WORDS if w != word]), self.rng)
             text = "4" if there else "1"
         quality = 1 + round(6 * picture.quality) / 2
+        faithful = 1 + round(6 * fit) / 2
         answer = (
-            f"{shown(picture)}\nText faithfulness: {4 if right else 1}\nPhysical and visual quality: {quality:g}\nText rendering: {text}\n"
+            f"{shown(picture)}\nText faithfulness: {faithful:g}\nPhysical and visual quality: {quality:g}\nText rendering: {text}\n"
             f"## Refined Request: a clean photo of {wording}"
         )
         return self._asked("rational_rewards", [picture], answer, prompt)
 
     def ocr_judge(self) -> Lesson:
-        picture = self.stock.draw(self.rng, spoilt=0.1)
-        if self._coin(0.85):
-            picture = lettered(picture, self.words.choice(WORDS), self.rng)
+        """A word that can no longer be read is none."""
+        plain = self.stock.draw(self.rng, spoilt=0.1)
+        picture = lettered(plain, self.words.choice(WORDS), self.rng) if self._coin(0.85) else plain
+        if picture.word and self._coin(0.4):
+            bad = spoilt_copy(picture, self.rng)
+            picture = bad if legible(plain.pixels, picture.pixels, bad.pixels) else replace(bad, word="")
         return self._asked("ocr_judge", [picture], f"<text>{picture.word}</text>")
 
-    def auto_rubric(self) -> Lesson:
+    def asked_for(self) -> Lesson:
+        """`auto_rubric` with the criterion that asks about the prompt: learned alone first, for beside the others it is not found."""
+        return self.auto_rubric(1.0)
+
+    def auto_rubric(self, first: float = 0.5) -> Lesson:
         picture, right = self.stock.draw(self.rng), self._coin()
-        text, met = self.words.choice(list(CRITERIA.items())[: 1 if self._coin(0.4) else None])
+        text, met = self.words.choice(list(CRITERIA.items())[: 1 if self._coin(first) else None])
         return self._asked(
             "auto_rubric", [picture], "yes" if met(picture, right) else "no", self._prompt(picture, right)[0], rubric=text
         )
@@ -325,12 +361,12 @@ class Teacher:
         edit = int(self.rng.integers(len(EDITS)))
         case = self.rng.random()
         after, told, scores = edited(before, edit), DONE[edit], (25, 25)
-        if case < 0.2:
+        if case < 0.15:
             after, told, scores = before, "the same", (0, 25)
-        elif case < 0.4:
+        elif case < 0.5:
             other = (edit + int(self.rng.integers(1, len(EDITS)))) % len(EDITS)
             after, told, scores = edited(before, other), DONE[other], (0, 10)
-        elif case < 0.6:
+        elif case < 0.65:
             stranger = self.stock.draw(self.rng, spoilt=0.0, kind=(before.kind + int(self.rng.integers(1, 10))) % 10)
             after, told, scores = edited(stranger, edit), f"another picture, {DONE[edit]}", (25, 0)
         if self._coin(0.3):
@@ -343,7 +379,7 @@ class Teacher:
             picture = edited(picture, int(self.rng.integers(len(EDITS))))
         if self._coin():
             picture = spoilt_copy(picture, self.rng)
-        natural, free = (5 * round(5 * share) for share in (picture.quality, 1 - picture.severity))
+        natural, free = (round(25 * share) for share in (picture.quality, 1 - picture.severity))
         return self._asked("edit_score_quality", [picture], judged(f"It is {picture.state}.", natural, free))
 
 
