@@ -32,6 +32,7 @@ from rich.progress import track
 from bench.process import free_port, wait
 from services.reward import Item
 from shared import wire
+from shared.client import Connections
 from shared.image import encode
 from shared.schema import RewardInfo, Score, ScoreItem, ScoreRequest
 
@@ -140,7 +141,7 @@ class Soak:
         capacity = CAP / (A * CAP + B)
         rate, chance = LOAD * capacity / GROUP, random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=128), timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(transport=Connections(128), timeout=60, trust_env=False) as client:
             swapping = asyncio.create_task(self.swap(client))
             began, n = time.monotonic(), 0
             for tick in track(range(int(seconds)), description=f"{rate * GROUP:.0f} pictures a second"):

@@ -29,7 +29,7 @@ from shared.client import RewardClientSync
 from world import photographs
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVICES = ("detector", "alignment")
+SERVICES = ("detector", "judge", "alignment")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 READY_SECONDS = 120.0
 
@@ -57,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _wait(urls, out, console)
             console.rule("2. scores over HTTP")
             show_scores(urls, out, console)
-            overrides = [f"rewards.detector.url={urls['detector']}"]
-            console.rule("3. training with recipe world: detector and alignment")
-            train("world", out, [*overrides, f"rewards.alignment.url={urls['alignment']}", *args.set])
+            console.rule("3. training with recipe world: feature detector, judge and alignment")
+            train("world", out, [*(f"rewards.{name}.url={url}" for name, url in urls.items()), *args.set])
             console.rule("4. the trap: a frozen detector alone, until the alarm")
-            train("naive", out, [*overrides, *args.set])
+            train("naive", out, [f"rewards.detector.url={urls['detector']}", *args.set])
     except KeyboardInterrupt:
         console.print("interrupted; the services are stopped. `make demo` goes on where it was.")
         return 130
@@ -153,7 +152,8 @@ def compare(out: Path, console: Console) -> None:
     naive = [line for line in _lines(out / "naive" / "metrics.jsonl") if line["kind"] == "eval"]
     best = json.loads((out / "world" / "done.json").read_text())["best_step"]
     chosen = next(line for line in world if line["step"] == best)
-    for key in ("reward/detector/mean", "reward/alignment/mean", "heldout_cnn", "heldout_spectrum", "distance", "class_hit"):
+    trained = [f"reward/{name}/mean" for name in SERVICES]
+    for key in (*trained, "heldout_cnn", "heldout_spectrum", "distance", "class_hit"):
         cells = [line.get(key) for line in (world[0], chosen, naive[-1])]
         table.add_row(key, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     console.print(table)

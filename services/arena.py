@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from services.compare import consistent
 from services.config import RewardConfig
 from services.registry import resolve
 from services.reward import Comparer, Pair
@@ -39,6 +38,7 @@ from shared.arena import PAUSES_S, Match, Standing, matches, names, standing
 from shared.errors import VerismError
 from shared.image import decode, from_file
 from shared.schema import Score
+from shared.verdicts import consistent
 
 QUESTION = Path(__file__).with_suffix(".yaml")
 

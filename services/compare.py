@@ -6,14 +6,12 @@ p_NN[i, j] is P(i beats j), NaN where they did not meet or the verdict is missin
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.schema import Plan, swiss_rounds
-
-EVEN = 1e-9  # a verdict this near to one half is a tie
+from shared.verdicts import EVEN, plus_four
 
 
 @dataclass(frozen=True)
@@ -28,22 +26,6 @@ class Rates:
 def both_orders(forward: float | None, backward: float | None) -> float | None:
     """P(i beats j) from P(shown first wins) with i first and with j first; None when either is missing, for one order alone is biased."""
     return None if forward is None or backward is None else (forward + 1 - backward) / 2
-
-
-def consistent(forward: float | None, backward: float | None) -> float | None:
-    """1 or 0 when both orders name the same picture, 0.5 when they do not or are even; None when either is missing."""
-    if forward is None or backward is None:
-        return None
-    first, second = (0.0 if abs(p - 0.5) <= EVEN else p - 0.5 for p in (forward, 1 - backward))
-    return 0.5 if first * second <= 0 else float(first > 0)
-
-
-def plus_four(total: Any, count: Any) -> Any:
-    """Standard error of a mean verdict, from the sum of `count` of them (floats or arrays): the plus-four one of a proportion (Agresti
-    and Coull, 1998), sqrt(q (1 - q) / (m + 2)) with q = (sum + 1) / (m + 2). It is never 0, and for soft verdicts it errs on the large side.
-    """
-    q = (total + 1) / (count + 2)
-    return np.sqrt(q * (1 - q) / (count + 2))
 
 
 def win_rates(p_NN: NDArray[np.float64], hard: bool = False) -> Rates:

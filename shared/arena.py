@@ -18,9 +18,9 @@ from shared.client import RewardClientSync
 from shared.errors import VerismError
 from shared.image import decode, from_file
 from shared.schema import Problem, RewardInfo, Verdict
+from shared.verdicts import consistent, plus_four
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".qoi")
-EVEN = 1e-9  # a probability this near to one half prefers neither
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 Match = tuple[str, str]
 Row = dict[str, Any]
@@ -59,21 +59,6 @@ def matches(a: Sequence[str], b: Sequence[str], pairs: int | None, seed: int) ->
     return [(one[k % len(a)], other[(k + k // turn) % len(b)]) for k in range(count)]
 
 
-def consistent(forward: float | None, backward: float | None) -> float | None:
-    """1 or 0 when both orders name the same picture, 0.5 when they do not or are even; None when either is missing. P(what is shown first
-    wins), with the first picture first and then second."""
-    if forward is None or backward is None:
-        return None
-    first, second = (0.0 if abs(p - 0.5) <= EVEN else p - 0.5 for p in (forward, 1 - backward))
-    return 0.5 if first * second <= 0 else float(first > 0)
-
-
-def plus_four(total: float, count: int) -> float:
-    """Standard error of a mean verdict, as of a proportion with two wins and two losses added (Agresti and Coull, 1998); never 0."""
-    q = (total + 1) / (count + 2)
-    return math.sqrt(q * (1 - q) / (count + 2))
-
-
 def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
     """Of rows that hold `verdict`, `forward` and `backward`."""
     verdicts = [row["verdict"] for row in rows if row["verdict"] is not None]
@@ -85,7 +70,7 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
         ties=verdicts.count(0.5),
         missing=len(rows) - count,
         rate=total / count if count else None,
-        error=plus_four(total, count) if count else None,
+        error=float(plus_four(total, count)) if count else None,
         shown_first=math.fsum(shown) / count if count else None,
     )
 

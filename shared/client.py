@@ -154,7 +154,7 @@ class RewardClient:
         self.timeout_s, self.encoding, self.priority = timeout_s, encoding, priority
         key = api_key or os.environ.get("VERISM_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._transport = transport or _Connections(64)
+        self._transport = transport or Connections(64)
         self._http = httpx.AsyncClient(transport=self._transport, headers=headers, trust_env=False)
         self._headers = {**headers, "content-type": wire.MSGPACK, "accept": wire.MSGPACK}
         self._timeout = httpx.Timeout(timeout_s, connect=min(5.0, timeout_s)).as_dict()
@@ -497,7 +497,7 @@ class RewardClient:
         raise RequestFailed(_problem(replica.url, answer))
 
 
-class _Connections(httpx.AsyncBaseTransport):
+class Connections(httpx.AsyncBaseTransport):
     """At most so many connections at once, each a transport of its own, the last one used first; answers come whole.
 
     One transport for all would look at every connection for every request: with 32 callers that took longer than the requests.

@@ -21,7 +21,6 @@ from PIL import Image
 
 from services import arena
 from services.app import create_app
-from services.compare import consistent
 from services.config import ServiceConfig
 from services.engines import Chat, Echo, Engine, EngineOptions, Failure, First, Generated, Sampling, open_engine
 from services.engines import vllm as module
@@ -31,6 +30,7 @@ from services.rewards.forensic_chat import ForensicChat
 from services.rewards.prompt_echo import PromptEcho
 from services.rewards.unified_compare import UnifiedCompare
 from services.worker import RewardWork
+from shared.verdicts import consistent
 from tests import tiny_judge
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]

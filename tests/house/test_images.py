@@ -21,7 +21,7 @@ import yaml
 
 BIN = Path(sys.executable).parent
 DOCKERFILES = {"Dockerfile.reward": "services", "Dockerfile.trainer": "trainer"}
-REWARDS = ("detector", "alignment", "rewards")
+REWARDS = ("detector", "alignment", "judge", "rewards")
 
 
 def compose(root: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_profiles_gpus_and_ports(root: Path) -> None:
     for name in (*REWARDS, "trainer"):
         assert services[name]["command"] == services[f"{name}-gpu"]["command"]
     urls = dict(word.split(".url=http://") for word in services["trainer"]["command"] if ".url=" in word)
-    assert urls == {"rewards.detector": "detector:8001", "rewards.alignment": "alignment:8002"}
+    assert urls == {"rewards.detector": "detector:8001", "rewards.alignment": "alignment:8002", "rewards.judge": "judge:8004"}
 
 
 def taken(port: int) -> bool:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from services import arena
 from services.arena import Arena, asked, main, matches, standing
-from services.compare import consistent
 from services.reward import Item, Pair
 from shared.schema import RewardInfo, Score
+from shared.verdicts import consistent
 
 
 class Bright:

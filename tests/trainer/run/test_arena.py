@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from bench.process import running
-from services import compare
 from services.reward import Pair
 from shared import arena
 from shared.arena import Service
 from shared.schema import Problem, Verdict
+from shared.verdicts import consistent
 from trainer.__main__ import evaluate
 from world import photographs
 from world.recipes import exam, lessons
@@ -66,7 +66,7 @@ def test_the_cleaner_folder_wins_and_the_pairs_are_the_judges_own(
         pair = Pair(one, PROMPT, (other,))
         forward, backward = judge.compare([pair, pair.swapped])
         assert (row["forward"], row["backward"]) == pytest.approx((forward.value, backward.value), abs=1e-3)
-        assert row["verdict"] == compare.consistent(forward.value, backward.value)
+        assert row["verdict"] == consistent(forward.value, backward.value)
     assert evaluate(["arena", str(noisy), str(clean), "--url", url, "--prompt", PROMPT]) == 0
     assert f"{1 - result.rate:.3f} +- {result.error:.3f}" in capsys.readouterr().out, "the other way round"
     assert evaluate(command) == 2 and "another --out" in capsys.readouterr().out
@@ -133,11 +133,3 @@ def test_what_fails_for_a_while_is_asked_again_and_what_does_not_is_missing(
     assert slept == [1.0, 2.0] and [row["verdict"] for row in rows] == [1.0, None, 1.0, None]
     assert [row["error"] for row in rows] == [None, "urn:verism:label-mass", None, "urn:verism:unreachable"]
     assert rows[0]["forward"] == 0.9 and rows[0]["backward"] == pytest.approx(0.3)
-
-
-def test_it_counts_as_a_service_counts() -> None:
-    for forward in (None, 0.0, 0.4, 0.5, 0.9):
-        for backward in (None, 0.1, 0.5, 0.5 + 1e-12, 1.0):
-            assert arena.consistent(forward, backward) == compare.consistent(forward, backward)
-    for total, count in ((0.0, 1), (1.0, 1), (7.5, 20), (300.0, 500)):
-        assert arena.plus_four(total, count) == pytest.approx(float(compare.plus_four(total, count)))
