@@ -8,6 +8,7 @@ it. Memory is compared between the second tenth of the run and the last. Exit st
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -38,7 +39,7 @@ from shared.schema import RewardInfo, Score, ScoreItem, ScoreRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 A, B, CAP, GROUP, SIDE = 0.002, 0.008, 32, 8, 128
-LOAD, SWAP_S, KEY = 0.8, 10.0, "the admin key of a soak"
+LOAD, CAPACITY_S, SWAP_S, KEY = 0.8, 10.0, 10.0, "the admin key of a soak"
 POISON = 255
 
 
@@ -137,11 +138,24 @@ class Soak:
             self.latest = version
             self.counts["swaps"] += 1
 
+    async def capacity(self, client: httpx.AsyncClient) -> float:
+        """Requests a second that come through when 16 callers always ask, faults and all: a poisoned batch runs again in halves."""
+
+        async def caller(number: int) -> int:
+            for n in itertools.count():
+                if time.monotonic() - began > CAPACITY_S:
+                    return n
+                await self.one(client, -1 - 16 * n - number, random.Random(16 * n + number))
+            raise AssertionError
+
+        began = time.monotonic()
+        return sum(await asyncio.gather(*map(caller, range(16)))) / (time.monotonic() - began)
+
     async def run(self, seconds: float) -> None:
-        capacity = CAP / (A * CAP + B)
-        rate, chance = LOAD * capacity / GROUP, random.Random(0)
+        chance = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
         async with httpx.AsyncClient(transport=Connections(128), timeout=60, trust_env=False) as client:
+            rate = LOAD * await self.capacity(client)
             swapping = asyncio.create_task(self.swap(client))
             began, n = time.monotonic(), 0
             for tick in track(range(int(seconds)), description=f"{rate * GROUP:.0f} pictures a second"):

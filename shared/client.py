@@ -500,34 +500,35 @@ class RewardClient:
 class Connections(httpx.AsyncBaseTransport):
     """At most so many connections at once, each a transport of its own, the last one used first; answers come whole.
 
-    One transport for all would look at every connection for every request: with 32 callers that took longer than the requests.
+    One transport for all would look at every connection for every request: with 32 callers that took longer than the requests. A connection
+    whose request failed or was cancelled is closed, for httpcore may take it for busy ever after.
     """
 
     def __init__(self, most: int) -> None:
         self._free, self._tls = asyncio.Semaphore(most), httpx.create_ssl_context(trust_env=False)
         self._idle: dict[tuple[str, str, int | None], list[httpx.AsyncHTTPTransport]] = {}
-        self._all: list[httpx.AsyncHTTPTransport] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         async with self._free:
             idle = self._idle.setdefault((request.url.scheme, request.url.host, request.url.port), [])
-            if not idle:
-                idle.append(httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1), trust_env=False))
-                self._all += idle
-            connection = idle.pop()
+            if idle:
+                connection = idle.pop()
+            else:
+                connection = httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1), trust_env=False)
             try:
                 answer = await connection.handle_async_request(request)
-                try:
-                    await answer.aread()
-                finally:
-                    await answer.aclose()
-                return answer
-            finally:
-                idle.append(connection)
+                await answer.aread()
+                await answer.aclose()
+            except BaseException:
+                await connection.aclose()
+                raise
+            idle.append(connection)
+            return answer
 
     async def aclose(self) -> None:
-        for connection in self._all:
-            await connection.aclose()
+        while self._idle:
+            for connection in self._idle.popitem()[1]:
+                await connection.aclose()
 
 
 def _again(score: Score) -> bool:

@@ -1,6 +1,7 @@
-"""The client against services that are slow, full, gone, wrong or several; every answer is made by a transport in the test."""
+"""The client against services that are slow, full, gone, wrong or several; a transport in the test makes every answer but the last one's."""
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from shared import client as client_module
 from shared import wire
-from shared.client import LIMITS, RequestFailed, RewardClient, RewardClientSync, ScoreTable, _chunks
+from shared.client import LIMITS, Connections, RequestFailed, RewardClient, RewardClientSync, ScoreTable, _chunks
 from shared.errors import Busy, ServiceUnreachable
 from shared.image import encode
 from shared.schema import ImageData, ItemAnswer, RewardInfo, RewardUsed, Score, ScoreAnswer, ScoreItem, ScoreRequest
@@ -409,3 +410,32 @@ def test_items_are_asked_again_until_the_deadline_and_by_one_version_only() -> N
 
     table = score(swapped, 2)
     assert tries == [0, 1] and table.mask_RB.tolist() == [[True, False]] and table.versions == {"mean": 1}
+
+
+def test_a_connection_whose_caller_left_is_not_used_again() -> None:
+    """httpcore may take such a connection for busy ever after."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(0.004)
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n")
+                await asyncio.sleep(0.002)
+                writer.write(b"there")
+                await writer.drain()
+        writer.close()
+
+    async def leave_often() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            for steps in range(60):
+                async with httpx.AsyncClient(transport=Connections(1), timeout=2, trust_env=False) as client:
+                    leaving = asyncio.create_task(client.get(url))
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                    leaving.cancel()
+                    await asyncio.gather(leaving, return_exceptions=True)
+                    assert (await client.get(url)).text == "there"
+
+    asyncio.run(asyncio.wait_for(leave_often(), 30))
