@@ -3,7 +3,8 @@
     make soak                      or python -m bench.soak --seconds 600
 
 The service is a process of its own; its reward says `version + grey / 1000`, so an answer tells which weights and which picture made
-it. Memory is compared between the second tenth of the run and the last. Exit status 1 when anything is wrong.
+it. Memory is compared between the second tenth of the run and the last; 32 callers at most, and twice as many in the beginning, so that a
+later burst is not taken for a leak. Exit status 1 when anything is wrong.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from shared.schema import RewardInfo, Score, ScoreItem, ScoreRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 A, B, CAP, GROUP, SIDE = 0.002, 0.008, 32, 8, 128
-LOAD, CAPACITY_S, SWAP_S, KEY = 0.8, 10.0, 10.0, "the admin key of a soak"
+CALLERS, LOAD, CAPACITY_S, SWAP_S, KEY = 32, 0.8, 10.0, 10.0, "the admin key of a soak"
 POISON = 255
 
 
@@ -138,24 +139,26 @@ class Soak:
             self.latest = version
             self.counts["swaps"] += 1
 
-    async def capacity(self, client: httpx.AsyncClient) -> float:
-        """Requests a second that come through when 16 callers always ask, faults and all: a poisoned batch runs again in halves."""
+    async def capacity(self) -> float:
+        """Requests a second that come through when twice the callers always ask, faults and all: a poisoned batch runs again in halves."""
+        callers = 2 * CALLERS
 
         async def caller(number: int) -> int:
             for n in itertools.count():
                 if time.monotonic() - began > CAPACITY_S:
                     return n
-                await self.one(client, -1 - 16 * n - number, random.Random(16 * n + number))
+                await self.one(client, -1 - callers * n - number, random.Random(callers * n + number))
             raise AssertionError
 
-        began = time.monotonic()
-        return sum(await asyncio.gather(*map(caller, range(16)))) / (time.monotonic() - began)
+        async with httpx.AsyncClient(transport=Connections(callers), timeout=60, trust_env=False) as client:
+            began = time.monotonic()
+            return sum(await asyncio.gather(*map(caller, range(callers)))) / (time.monotonic() - began)
 
     async def run(self, seconds: float) -> None:
         chance = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
-        async with httpx.AsyncClient(transport=Connections(128), timeout=60, trust_env=False) as client:
-            rate = LOAD * await self.capacity(client)
+        async with httpx.AsyncClient(transport=Connections(CALLERS), timeout=60, trust_env=False) as client:
+            rate = LOAD * await self.capacity()
             swapping = asyncio.create_task(self.swap(client))
             began, n = time.monotonic(), 0
             for tick in track(range(int(seconds)), description=f"{rate * GROUP:.0f} pictures a second"):
