@@ -20,6 +20,7 @@ from services.arena import Arena, asked, main, matches, standing
 from services.reward import Item, Pair
 from shared.schema import RewardInfo, Score
 from shared.verdicts import consistent
+from tests.answering import Answering
 
 
 class Bright:
@@ -134,17 +135,10 @@ def test_what_fails_for_a_while_is_asked_again(tmp_path: Path) -> None:
     assert forward.error is not None and len(slept) == 2 + len(arena.PAUSES_S)
 
 
-class Remote(http.server.BaseHTTPRequestHandler):
+class Remote(Answering):
     """OpenAI's chat with pictures: likelier `1` the brighter the first one is than the second."""
 
     key, asked = "secret", 0
-
-    def _reply(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def do_GET(self) -> None:
         allowed = self.headers["authorization"] == f"Bearer {self.key}"
@@ -167,9 +161,6 @@ class Remote(http.server.BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": "1"}
         choice = {"index": 0, "message": message, "finish_reason": "length", "logprobs": {"content": content}}
         return self._reply(200, {"choices": [choice]})
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
 
 
 @pytest.fixture

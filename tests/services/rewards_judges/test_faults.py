@@ -40,6 +40,7 @@ from shared import wire
 from shared.image import encode
 from shared.schema import Score, ScoreItem, ScoreRequest
 from tests import tiny_judge
+from tests.answering import Answering
 from world.recipes.exam import FOLDER
 
 VERDICT = "services.rewards.unified_compare:UnifiedVerdict"
@@ -188,21 +189,11 @@ ERRORS = {
 }
 
 
-class Engine(http.server.BaseHTTPRequestHandler):
+class Engine(Answering):
     """What a vLLM (or OpenAI) server says over HTTP; `server.says` is how it is today, `server.lives` how many questions it answers."""
 
     protocol_version = "HTTP/1.1"
     server: Any
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def _reply(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def do_GET(self) -> None:
         self._reply(200, {"data": [{"id": "judge", "max_model_len": 4096}]})
