@@ -102,9 +102,9 @@ def main() -> int:
                 changes = {name: ((way(x) - truth).abs().max() / truth.abs().max()).item() for name, way in names.items()}
                 rows(names, x, side, changes)
             pictures = torch.randint(0, 256, (8, 512, 512, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-            names_too = preparing(side)
-            truth = names_too["prepared by interpolate"](pictures)
-            rows(names_too, pictures, side, {n: ((way(pictures) - truth).abs().max() / 255).item() for n, way in names_too.items()})
+            prepared = preparing(side)
+            truth = prepared["prepared by interpolate"](pictures)
+            rows(prepared, pictures, side, {n: ((way(pictures) - truth).abs().max() / 255).item() for n, way in prepared.items()})
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     return 0
 

@@ -9,7 +9,6 @@ later burst is not taken for a leak. Exit status 1 when anything is wrong.
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import random
@@ -31,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from bench.process import free_port, wait
+from bench.process import free_port, start, wait
 from services.reward import Item
 from shared import wire
 from shared.client import Connections
@@ -144,11 +143,11 @@ class Soak:
         callers = 2 * CALLERS
 
         async def caller(number: int) -> int:
-            for n in itertools.count():
-                if time.monotonic() - began > CAPACITY_S:
-                    return n
+            n = 0
+            while time.monotonic() - began < CAPACITY_S:
                 await self.one(client, -1 - callers * n - number, random.Random(callers * n + number))
-            raise AssertionError
+                n += 1
+            return n
 
         async with httpx.AsyncClient(transport=Connections(callers), timeout=60, trust_env=False) as client:
             began = time.monotonic()
@@ -187,9 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "soak.yaml"
         file.write_text(json.dumps(config))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SOAK_KEY": KEY}
-        command = [sys.executable, "-m", "services", str(file), "--port", str(port)]
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = start(file, port, subprocess.DEVNULL, {"SOAK_KEY": KEY})
         try:
             url = f"http://127.0.0.1:{port}"
             wait(url)

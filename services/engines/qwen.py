@@ -96,7 +96,6 @@ class Reader:
 
     def _looked(self, pictures: Sequence[Sequence[Picture]]) -> list[list[Seen]]:
         """Each picture once, and kept; the longest unused ones go when there are too many."""
-        names: dict[int, str] = {}
         flat = {id(picture): picture for several in pictures for picture in several}
         names = {key: picture_id(picture) for key, picture in flat.items()}
         new = {names[key]: picture for key, picture in flat.items() if names[key] not in self._kept}

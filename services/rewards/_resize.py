@@ -43,16 +43,16 @@ def blocks(size: int, target: int, mode: Mode) -> tuple[tuple[slice, slice, Tens
     return tuple(out)
 
 
-def uploaded(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-    """Pictures of one size, (H, W, 3), as (B, 3, H, W) float32 in 0..255 on the device, in one copy."""
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()
+def upload(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """Pictures of one size as (B, 3, H, W) uint8 on the device, in one copy."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
 
 
 def resized(images: Sequence[NDArray[np.uint8]], sides: tuple[int, int], mode: Mode, device: torch.device) -> Tensor:
     """Pictures of one size, (H, W, 3), as (B, 3, *sides) float32 in 0..255; bicubic may go a little beyond."""
     height, width, _ = images[0].shape
     if device.type != "cpu" or height < 2 * sides[0] or width < 2 * sides[1]:
-        return torch.nn.functional.interpolate(uploaded(images, device), sides, mode=mode, antialias=True)
+        return torch.nn.functional.interpolate(upload(images, device).float(), sides, mode=mode, antialias=True)
     out = torch.empty(len(images), sides[0], 3, sides[1])
     pixels, flat = torch.empty(height, width * 3), torch.empty(sides[0], width * 3)
     levels = pixels.numpy().reshape(height, width, 3)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.reward import Item
+from services.rewards._resize import upload
 from shared.schema import RewardInfo, Score
 
 Picture = NDArray[np.uint8]
@@ -167,11 +168,6 @@ def same_size(images: Sequence[Picture]) -> Iterator[list[int]]:
     for (height, width), indices in groups.items():
         count = max(1, _AT_ONCE // (height * width))
         yield from (indices[start : start + count] for start in range(0, len(indices), count))
-
-
-def upload(images: Sequence[Picture], device: torch.device) -> Tensor:
-    """Pictures of one size as (B, 3, H, W) uint8 on the device, in one copy."""
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
 
 
 def resized(pixels: Tensor, sides: tuple[int, int], mode: str) -> Tensor:

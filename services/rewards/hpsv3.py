@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLModel
 
 from services.reward import Item
+from services.rewards._resize import upload
 from services.rewards.clip_kit import (
     Batched,
     ModelOptions,
@@ -31,7 +32,6 @@ from services.rewards.clip_kit import (
     read_states,
     resized,
     same_size,
-    upload,
 )
 from shared.schema import RewardInfo, Score
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from services.reward import Item
 from services.rewards._detector_kit import batched, in_one_call, sha256
 from services.rewards._nsfwjs import CLASSES, SIDE, MobileNet, read, resize
-from services.rewards._resize import uploaded
+from services.rewards._resize import upload
 from shared.schema import RewardInfo, Score
 
 MIN_SIDE = SIDE // 2
@@ -64,7 +64,7 @@ class Safety:
     @torch.inference_mode()
     def pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """(B, 3, 224, 224) in [0, 1]."""
-        pixels = batched(images, self.device, SIDE, lambda several: resize(uploaded(several, self.device)))
+        pixels = batched(images, self.device, SIDE, lambda several: resize(upload(several, self.device).float()))
         return pixels.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, pad
 from transformers import AutoConfig, AutoTokenizer, Siglip2ImageProcessor, Siglip2Model, SiglipImageProcessor, SiglipModel
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
+from services.rewards._resize import upload
 from services.rewards.clip_kit import (
     ModelOptions,
     Picture,
@@ -23,7 +24,6 @@ from services.rewards.clip_kit import (
     read_states,
     resized,
     same_size,
-    upload,
 )
 
 _CONTEXT = 64

@@ -20,6 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from services.reward import Item
 from services.rewards import clip_kit
+from services.rewards._resize import upload
 from services.rewards.clip_kit import (
     ModelOptions,
     Pixels,
@@ -214,7 +215,7 @@ def test_resizing_is_pils_two_passes(mode: str, sides: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (300, 40, 3), dtype=np.uint8)
     how = Image.Resampling[mode.upper()]
     pil = Image.fromarray(noise).resize((sides[1], 300), how).resize((sides[1], sides[0]), how)
-    pixels = clip_kit.upload([noise], CPU)
+    pixels = upload([noise], CPU)
     paths = [resized(pixels, sides, mode), _pass(_pass(pixels, (300, sides[1]), mode), sides, mode)]
     for path in paths:
         off = np.abs(path[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(pil).astype(int))

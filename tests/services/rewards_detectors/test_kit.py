@@ -18,7 +18,7 @@ from services.config import ROOT
 from services.registry import resolve
 from services.reward import Item
 from services.rewards._detector_kit import WeightsOptions, batched, fill, folded, in_one_call, read_state, sha256
-from services.rewards._resize import uploaded
+from services.rewards._resize import upload
 from tests.services.rewards_detectors import tiny
 
 
@@ -129,7 +129,7 @@ def test_batches_keep_the_order_of_mixed_sizes() -> None:
 
     def resize(several: Sequence[Any]) -> torch.Tensor:
         calls.append(len(several))
-        return torch.nn.functional.adaptive_avg_pool2d(uploaded(several, torch.device("cpu")), 1).expand(-1, -1, 8, 8)
+        return torch.nn.functional.adaptive_avg_pool2d(upload(several, torch.device("cpu")).float(), 1).expand(-1, -1, 8, 8)
 
     out = batched(images, torch.device("cpu"), 8, resize)
     assert sorted(calls) == [1, 1, 2]
