@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from trainer import alarm, checkpoint
 from trainer.config import ConfigError, PromptsConfig, RunConfig, dump
+from trainer.learning import Learner
 from trainer.metrics import Metrics, read
-from trainer.policies.ema import EMA
 from trainer.registry import resolve
-from trainer.sampling.rollout import noise_seed, ratio_deviation, replay, sample, window_of
+from trainer.sampling.rollout import noise_seed, ratio_deviation, sample, window_of
 from trainer.scoring import Rewards, Scorer
 from trainer.types import Prompt, Rollout
 
@@ -44,8 +44,6 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, resume: bool = False) -> None:
         self.config, self.folder = config, folder
         self.prompts = read_prompts(config.prompts)
-        self.loss_of = resolve("loss", config.loss.use)
-        self.kl_of = resolve("regularizer", config.kl.use)
         self.advantages_of = resolve("advantages", "group_relative")
         self.scorer = Scorer(config.rewards, config.reward_timeout_s)
         self.policy = load_policy(config)
@@ -53,12 +51,10 @@ class Run:
         self.shape = self.policy.latent_shape(s.height, s.width)
         self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
         self.eval_sigmas = self.policy.sigmas(config.eval.steps, s.height, s.width)
-        self.weights = self.policy.trainable()
-        o = config.optim
-        self.optimizer = torch.optim.AdamW(self.weights.values(), o.lr, o.betas, o.eps, o.weight_decay)
-        self.ema = EMA(self.weights, config.ema.decay, config.ema.every)
+        self.learner = Learner(self.policy, config)
+        self.weights = self.learner.weights
         self.monitors = load_monitors(config)
-        self.done = self.updates = self.unscored_steps = 0
+        self.done = self.unscored_steps = 0
         self.versions: dict[str, int] = {name: info.version for name, info in self.scorer.infos.items()}
         folder.mkdir(parents=True, exist_ok=True)
         last = checkpoint.steps(folder)[-1:] if resume else []
@@ -79,7 +75,8 @@ class Run:
         start, c = time.monotonic(), self.config
         rollouts, futures = [], []
         for first, prompts in self._together(self._prompts_of(self.done)):
-            rollouts.append(rollout := self._sample(prompts, first))
+            with self.learner.sampling_weights():
+                rollouts.append(rollout := self._sample(prompts, first))
             groups = [f"{self.done}/{first + n}" for n in range(len(prompts)) for _ in range(c.group.size)]
             futures.append(self.scorer.submit(rollout.images_BHWC, [p.text for p in rollout.prompts], groups))
         sampled = time.monotonic()
@@ -91,7 +88,7 @@ class Run:
         advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.model_dump())
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
-        numbers = self._learn(rollouts, advantages.values_B, advantages.weights_B) if usable else {}
+        numbers = self.learner.learn(rollouts, advantages, self.done) if usable else {}
         self.done += 1
         end, pictures = time.monotonic(), len(group_B)
         return self.metrics.write(
@@ -112,75 +109,6 @@ class Run:
                 "pictures/second": pictures / (end - start),
             },
         )
-
-    def _learn(self, rollouts: Sequence[Rollout], advantages_B: Tensor, weights_B: Tensor) -> dict[str, float]:
-        """`optim.updates` optimiser steps, each over all groups and all steps of their windows."""
-        seen: dict[str, list[tuple[float, float]]] = {}
-        reference: dict[tuple[int, int, int], Tensor] = {}  # it does not change between updates
-        total = float(weights_B.sum()) * self.config.sampling.window
-        lr = self.config.optim.lr_at(self.done)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
-        for _ in range(self.config.optim.updates):
-            done = 0
-            for rollout in rollouts:
-                own = slice(done, done := done + len(rollout.prompts))
-                for column in range(rollout.window.length):
-                    for rows in self._micro_batches(len(rollout.prompts)):
-                        judged = advantages_B[own][rows], weights_B[own][rows]
-                        self._loss(rollout, column, rows, *judged, total, seen, reference).backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.max_grad_norm)
-            seen.setdefault("grad_norm", []).append((float(norm), 1.0))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.ema.update(self.updates)
-            self.updates += 1
-        out = {key: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for key, pairs in seen.items()}
-        if "ratio_dev" in seen:
-            out["ratio_dev"] = max(value for value, _ in seen["ratio_dev"])
-        return {**out, "lr": lr}
-
-    def _loss(
-        self,
-        rollout: Rollout,
-        column: int,
-        rows: slice,
-        advantages_B: Tensor,
-        weights_B: Tensor,
-        total: float,
-        seen: dict[str, list[tuple[float, float]]],
-        reference: dict[tuple[int, int, int], Tensor],
-    ) -> Tensor:
-        """The share of one micro-batch at one step of the window in the mean over all scored samples and steps."""
-        c, device = self.config, self.policy.device
-        advantages_B, weights_B = advantages_B.to(device), weights_B.to(device)
-        now, v = replay(self.policy, rollout, column, rows)
-        i = rollout.window.start + column
-        old = rollout.logp_old_BT[rows, column]
-        clip = (c.loss.clip_low, c.loss.clip_high)
-        if c.loss.use == "guard":
-            root_dt = math.sqrt(float(rollout.sigmas[i] - rollout.sigmas[i + 1]))
-            means = now.mean, rollout.mean_old_BT[rows, column]
-            policy_loss = self.loss_of(now.logp_B, old, *means, float(now.diffusion_B[0]), root_dt, advantages_B, *clip)
-        else:
-            policy_loss = self.loss_of(now.logp_B, old, advantages_B, *clip)
-        loss_B = policy_loss.values_B
-        logged = {**policy_loss.diagnostics, "loss": float((loss_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))}
-        if c.kl.weight > 0:
-            key = rollout.group, column, rows.start
-            if key not in reference:
-                with torch.no_grad(), self.policy.reference():
-                    before, v_before = replay(self.policy, rollout, column, rows)
-                reference[key] = v_before if c.kl.use == "v_kl" else before.mean
-            if c.kl.use == "v_kl":
-                kl_B = self.kl_of(v, reference[key])
-            else:
-                kl_B = self.kl_of(now.mean, reference[key], now.diffusion_B)
-            loss_B = loss_B + c.kl.weight * kl_B
-            logged["kl"] = float((kl_B.detach() * weights_B).sum() / weights_B.sum().clamp(min=1))
-        for key, value in logged.items():
-            seen.setdefault(key, []).append((value, max(float(weights_B.sum()), 1e-9)))
-        return (loss_B * weights_B).sum() / total
 
     def evaluate(self) -> dict[str, Any]:
         """`measure`, written to the metrics, with a grid."""
@@ -203,7 +131,7 @@ class Run:
         s, known = self.config.sampling, self.prompts[1]
         prompts = [known[i % len(known)] for i in range(count)]
         chunks = []
-        with self.ema.swapped():
+        with self.learner.ema.swapped():
             for start in range(0, len(prompts), s.micro_batch):
                 part = prompts[start : start + s.micro_batch]
                 seeds = [noise_seed(self.config.eval.seed, EVALUATION_STEP, p.id, start + i) for i, p in enumerate(part)]
@@ -235,11 +163,9 @@ class Run:
     def save(self, best: int | None) -> None:
         """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do."""
         self.metrics.sync()
-        tensors = {f"weights/{k}": v for k, v in self.weights.items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
-        tensors |= {f"optim/{k}": v for k, v in checkpoint.flatten(self.optimizer, self.weights).items()}
+        tensors, learned = self.learner.state()
         meta = {
-            "updates": self.updates,
+            **learned,
             "unscored_steps": self.unscored_steps,
             "seed": self.config.seed,
             "fingerprint": self.policy.fingerprint(),
@@ -257,7 +183,7 @@ class Run:
         """The weights (and their average) of a checkpoint of the same model."""
         saved = checkpoint.read(folder)
         checkpoint.check_model(saved, self.policy.fingerprint())
-        self._put(saved)
+        self.learner.adopt(saved)
 
     def close(self) -> None:
         """Close files and connections."""
@@ -271,23 +197,12 @@ class Run:
             saved,
             fingerprint=self.policy.fingerprint(),
             config=checkpoint.training(c),
-            config_hash=checkpoint.config_hash(c),
             sigmas_hash=digest(self.sigmas),
         )
-        self._put(saved)
-        checkpoint.unflatten(self.optimizer, self.weights, saved.under("optim"))
-        self.done, self.updates = saved.meta["step"], saved.meta["updates"]
+        self.learner.load_state(saved)
+        self.done = saved.meta["step"]
         self.unscored_steps = 0
         self.versions.update(saved.meta["reward_versions"])
-
-    @torch.no_grad()
-    def _put(self, saved: checkpoint.Saved) -> None:
-        weights, average = saved.under("weights"), saved.under("ema")
-        if weights.keys() != self.weights.keys():
-            raise checkpoint.CheckpointError("the checkpoint trains other weights than policy.lora names: use the run's own config")
-        for name, parameter in self.weights.items():
-            parameter.copy_(weights[name])
-            self.ema.average[name].copy_(average[name])
 
     def _together(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
         """(position of the first, prompts) of as many whole groups as fit into a micro-batch, one at least."""
@@ -324,10 +239,6 @@ class Run:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(noise_seed(self.config.seed, epoch, -2, -2)))
             out.append(train[int(order[place])])
         return out
-
-    def _micro_batches(self, size: int) -> Iterator[slice]:
-        for start in range(0, size, self.config.sampling.micro_batch):
-            yield slice(start, min(start + self.config.sampling.micro_batch, size))
 
     def _score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Rewards:
         return self.scorer.collect([self.scorer.submit(images, [p.text for p in prompts], [""] * len(prompts))])
@@ -373,7 +284,7 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[
             reason = _after(run, evaluations, tell)
     best = best_step(evaluations)
     run.adopt(checkpoint.folder_of(run.folder, best))
-    with run.ema.swapped():
+    with run.learner.ema.swapped():
         run.policy.save_adapter(run.folder / "adapter")
     checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
     return reason
