@@ -1,21 +1,25 @@
 """Everything a run needs to go on, in safetensors and JSON, written whole or not at all.
 
 A checkpoint is a folder `step_000020/`: `state.safetensors` (trained weights, their average, the optimiser's moments) and
-`meta.json`. It is written beside its place, flushed to disk and renamed, so a killed run leaves no half of one. Noise, windows and
-prompt order are functions of (seed, step), so the seed and the step are the whole random state.
+`meta.json`, which holds the other's checksum. It is written beside its place, flushed to disk and renamed, so a killed run leaves no half
+of one. Noise, windows and prompt order are functions of (seed, step), so the seed and the step are the whole random state.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from blake3 import blake3
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,9 +30,24 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used for this run; the message says what differs."""
 
 
+class Unreadable(CheckpointError):
+    """A checkpoint is damaged, or none."""
+
+
+class NotSaved(OSError):
+    """No room, no right or no disk; what was there before is untouched. The message says how much is missing."""
+
+
+class Stateful(Protocol):
+    """What changes in a run beside the learner, and has to come back with a checkpoint: tensors by name, and a JSON mapping."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Saved:
-    """Tensors by `weights/NAME`, `ema/NAME`, `optim/NAME/KEY`; `meta` as written."""
+    """Tensors by `weights/NAME`, `ema/NAME`, `optim/NAME/KEY`, `state/WHOSE/NAME`; `meta` as written."""
 
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any]
@@ -58,38 +77,96 @@ def unflatten(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], fla
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-    """Write atomically; an older checkpoint of the same step is replaced."""
+    """Write atomically; an older checkpoint of the same step is replaced. NotSaved leaves everything as it was."""
     final = folder_of(run, step)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    building = final.with_name(f".{final.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, building / "state.safetensors")
-    (building / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-    for path in (building / "state.safetensors", building / "meta.json", building):
-        sync(path)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        building.rename(final)
-        shutil.rmtree(old)
-    else:
-        building.rename(final)
-    sync(final.parent)
+    building, old = final.with_name(f".{final.name}.building"), final.with_name(f".{final.name}.old")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        _write(building, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"step": step, **meta})
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            building.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            building.rename(final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        recover(run)
+        raise NotSaved(_why(error, run, sum(v.numel() * v.element_size() for v in tensors.values()))) from error
     return final
 
 
+def _write(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    state = folder / "state.safetensors"
+    save_file(dict(tensors), state)
+    (folder / "meta.json").write_text(json.dumps({**meta, "blake3": checksum(state)}, indent=1))
+    for path in (state, folder / "meta.json", folder):
+        sync(path)
+
+
+def _why(error: Exception, run: Path, needed: int) -> str:
+    """What happened, how much a checkpoint needs, and how much there is."""
+    code = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None  # Rust's own words
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error)
+    place = next(path for path in (run, *run.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    text = f"the checkpoint was not saved ({reason}): it takes {size(needed)}, and {place} has {size(free)} free"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and needed > free:
+        return f"{text}, {size(needed - free)} too little"
+    return text
+
+
+def size(count: float) -> str:
+    """Bytes for people: 3.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def checksum(path: Path) -> str:
+    """BLAKE3 of a file."""
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return digest.hexdigest()
+
+
+def recover(run: Path) -> None:
+    """After a kill in mid-save: a checkpoint that was about to be replaced comes back, and halves of others go."""
+    for old in (run / "checkpoints").glob(".step_*.old"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+    for building in (run / "checkpoints").glob(".step_*.building"):
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def set_aside(run: Path, step: int) -> Path:
+    """Move a damaged checkpoint where nothing takes it for one; returns the place."""
+    folder = folder_of(run, step)
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
 def read(folder: Path) -> Saved:
-    """The checkpoint in `folder`; CheckpointError when it is not one."""
+    """The checkpoint in `folder`; Unreadable when it is none, or not what was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         with safe_open(folder / "state.safetensors", "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if meta["step"] < 0 or ("blake3" in meta and meta["blake3"] != checksum(folder / "state.safetensors")):
+            raise ValueError("its checksum differs")
     except Exception as error:
-        raise CheckpointError(
-            f"{folder} is not a readable checkpoint ({error}); remove it to resume from the one before"
-        ) from error
+        raise Unreadable(f"{folder} is not a readable checkpoint ({error}); remove it to resume from the one before") from error
     return Saved(tensors, meta)
 
 
@@ -102,7 +179,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Leave the newest `keep` and the best one."""
     for step in steps(run)[:-keep]:
         if step != best:
-            shutil.rmtree(folder_of(run, step))
+            shutil.rmtree(folder_of(run, step), ignore_errors=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -113,13 +190,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
+UNBOUND = (
+    *("name", "description", "steps", "device", "eval", "alarm", "reward_timeout_s", "reward_outage_s", "max_unscored_steps"),
+    *("checkpoint_every", "checkpoint_keep", "checkpoint_best"),
+)
+FREE = ("sampling.micro_batch",)  # another one rounds differently, and learns the same: allowed, with a warning
+
+
 def training(config: RunConfig) -> dict[str, Any]:
     """What the numbers of a step depend on, which a resumed run must agree in. Not: URLs, the number of steps, the alarm."""
     plain: dict[str, Any] = config.model_dump(mode="json")
-    for key in ("name", "description", "steps", "reward_timeout_s", "max_unscored_steps", "eval", "alarm", "device"):
-        plain.pop(key)
-    for key in ("checkpoint_every", "checkpoint_keep"):
-        plain.pop(key)
+    for key in UNBOUND:
+        plain.pop(key, None)
     for reward in plain["rewards"].values():
         reward.pop("url")
     return plain
@@ -140,18 +222,50 @@ def check_model(saved: Saved, fingerprint: str) -> None:
         )
 
 
-def check(saved: Saved, *, fingerprint: str, config: Mapping[str, Any], config_hash: str, sigmas_hash: str) -> None:
-    """CheckpointError unless the checkpoint belongs to this model, this configuration and this noise schedule."""
+def check(saved: Saved, *, fingerprint: str, config: Mapping[str, Any], sigmas_hash: str) -> list[str]:
+    """CheckpointError unless the checkpoint belongs to this model, this configuration and this noise schedule; else what to be told."""
     check_model(saved, fingerprint)
-    meta = saved.meta
-    if meta["config_hash"] != config_hash:
-        was, now = _flat(meta["config"]), _flat(config)
-        changes = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
+    meta, told = saved.meta, []
+    was, now = _flat(_as_now(meta["config"])), _flat(config)
+    changes = {
+        k: f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was.keys() | now.keys()) if was.get(k, ...) != now.get(k, ...)
+    }
+    if bound := [words for key, words in changes.items() if key not in FREE]:
         raise CheckpointError(
-            "the checkpoint belongs to another configuration: " + "; ".join(changes) + ". Undo that, or take another --run-dir."
+            f"the checkpoint belongs to another configuration: {'; '.join(bound)}. Undo that, or take another --run-dir."
         )
+    if changes:
+        told.append(f"{'; '.join(changes.values())}: the numbers from here on are those of the new one, to rounding")
     if meta["sigmas_hash"] != sigmas_hash:
         raise CheckpointError("the noise schedule differs from the checkpoint's: another diffusers version or scheduler config?")
+    return told
+
+
+def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved configuration with today's defaults for the keys that did not exist when it was written."""
+    rewards = {name: {**reward, "url": "-"} for name, reward in config["rewards"].items()}
+    try:
+        return training(RunConfig.model_validate({**config, "name": "saved", "rewards": rewards}))
+    except ValidationError:
+        return config
+
+
+def check_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """CheckpointError unless both hold the same weights of the same shapes."""
+    if own.keys() != saved.keys():
+        missing, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        say = [f"it lacks {len(missing)} such as {missing[0]}"] if missing else []
+        say += [f"it has {len(more)} others such as {more[0]}"] if more else []
+        raise CheckpointError(
+            f"the checkpoint trains other weights than policy.lora names ({', '.join(say)}): use the policy.lora of the run's own "
+            "config.yaml (null where it trained all weights)"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(
+                f"the checkpoint's {name} is {tuple(saved[name].shape)}, the policy's {tuple(tensor.shape)}: another policy.lora.rank? "
+                "Use the run's own config.yaml, or take another --run-dir."
+            )
 
 
 def sync(path: Path) -> None:

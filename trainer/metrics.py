@@ -1,9 +1,11 @@
 """What a run leaves behind to be read: metrics.jsonl, TensorBoard events, image grids."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,24 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
-    """One JSON object per line. Opening with `resume_at` drops every line after that step, so a resumed run repeats none."""
+    """One JSON object per line. Opening with `resume_at` drops every line after that step, so a resumed run repeats none.
 
-    def __init__(self, run: Path, resume_at: int | None = None) -> None:
-        self.path = run / "metrics.jsonl"
+    `quiet` writes nothing anywhere: for all ranks but the first. A disk that is full is no end: lines wait in memory, and `sync` raises
+    OSError as long as some do; pictures and TensorBoard's file are given up with a word to `warn`.
+    """
+
+    def __init__(self, run: Path, resume_at: int | None = None, quiet: bool = False) -> None:
+        self.path, self.quiet = run / "metrics.jsonl", quiet
+        self.warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
         kept = [line for line in read(self.path) if line["step"] <= resume_at] if resume_at is not None else []
+        self.evaluations: list[dict[str, Any]] = [line for line in kept if line["kind"] == "eval"]
+        self._waiting, self._file, self._board = b"", -1, None
+        if quiet:
+            return
         beside = self.path.with_name(".metrics.building")
         beside.write_text("".join(_line(line) for line in kept))
         beside.replace(self.path)
-        self.evaluations: list[dict[str, Any]] = [line for line in kept if line["kind"] == "eval"]
-        self._file = self.path.open("a")
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._board = SummaryWriter(str(run / "tb"), purge_step=None if resume_at is None else resume_at + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,34 +42,62 @@ class Metrics:
         for key, value in values.items():
             number = isinstance(value, float)
             line[key] = None if number and not math.isfinite(value) else value
-            if kind != "alarm" and isinstance(line[key], (int, float)):
-                self._board.add_scalar(f"{kind}/{key}", line[key], step)
-        self._file.write(_line(line))
-        self._file.flush()
+            if kind in ("step", "eval") and isinstance(line[key], (int, float)):
+                self._show("add_scalar", f"{kind}/{key}", line[key], step)
+        if not self.quiet:
+            self._waiting += _line(line).encode()
+            with contextlib.suppress(OSError):  # `sync` says so before anything counts on the lines
+                self._push()
         if kind == "eval":
             self.evaluations.append(line)
         return line
 
     def grid(self, run: Path, step: int, images_BHWC: NDArray[np.uint8], limit: int) -> Path:
         """grids/step_00000.png, and the same in TensorBoard."""
-        picture = grid(images_BHWC[:limit])
         path = run / "grids" / f"step_{step:05d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(path)
-        self._board.add_image("grid", picture, step, dataformats="HWC")
+        if self.quiet:
+            return path
+        picture = grid(images_BHWC[:limit])
+        try:
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+        except OSError as error:
+            self.warn(f"{path} could not be written ({error.strerror or error}); the run goes on without it")
+        self._show("add_image", "grid", picture, step, dataformats="HWC")
         return path
 
     def sync(self) -> None:
-        """To the disk, before a checkpoint counts on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        """To the disk, before a checkpoint counts on it; OSError when it will not go there."""
+        if not self.quiet:
+            self._push()
+            os.fsync(self._file)
+            self._show("flush")
 
     def close(self) -> None:
         """Flush and close."""
-        self.sync()
-        self._file.close()
-        self._board.close()
+        if self._file < 0:
+            return
+        try:
+            self.sync()
+        except OSError as error:
+            self.warn(f"the last lines of {self.path} could not be written ({error.strerror or error})")
+        self._show("close")
+        os.close(self._file)
+        self._file = -1
+
+    def _push(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+
+    def _show(self, method: str, *arguments: Any, **more: Any) -> None:
+        """A method of TensorBoard's writer, which is left alone once its file cannot be written."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments, **more)
+        except (OSError, ValueError) as error:
+            self._board = None
+            self.warn(f"TensorBoard's file could not be written ({error}); metrics.jsonl goes on without it")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
