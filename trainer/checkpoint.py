@@ -175,19 +175,32 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*") if p.is_dir())
 
 
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Leave the newest `keep` and the best one."""
-    for step in steps(run)[:-keep]:
-        if step != best:
-            shutil.rmtree(folder_of(run, step), ignore_errors=True)
+def prune(run: Path, keep: int, best: int | None) -> int:
+    """Leave the newest `keep` and the best one; how many went."""
+    old = [step for step in steps(run)[:-keep] if step != best]
+    for step in old:
+        shutil.rmtree(folder_of(run, step), ignore_errors=True)
+    return len(old)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Atomically: a reader sees the old file or the new one."""
     beside = path.with_name(f".{path.name}.building")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that `write_json` wrote; CheckpointError when it is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
 
 
 UNBOUND = (

@@ -9,16 +9,20 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
     """A recipe or an override cannot be used; the message says what to write instead."""
+
+
+class Stopped(RuntimeError):
+    """A run ended before its time, with all its files sound; the message says what to do."""
 
 
 class Frozen(BaseModel):
@@ -58,10 +62,11 @@ class SamplingConfig(Frozen):
     guidance: float = Field(default=1.0, ge=0)
     height: int = Field(default=512, ge=8)
     width: int = Field(default=512, ge=8)
-    micro_batch: int = Field(
+    micro_batch: Annotated[int, BeforeValidator(lambda value: 0 if value == "auto" else value)] = Field(
         default=16,
-        ge=1,
-        description="pictures per forward pass, in sampling and in training alike; groups that fit share one, and a window",
+        ge=0,
+        description="pictures per forward pass, in sampling and in training alike; groups that fit share one, and a window; "
+        "auto (or 0): the most that memory takes, tried at the start and kept for the run",
     )
 
 
@@ -144,12 +149,22 @@ class EvalConfig(Frozen):
 class AlarmConfig(Frozen):
     """When the trained reward rises while what was never a reward gets worse."""
 
-    action: Literal["stop", "warn", "off"] = "stop"
+    action: Literal["stop", "rollback", "warn", "off"] = Field(
+        default="stop",
+        description="end at the best checkpoint; go back to it with a lower learning rate and go on; only say so; do not look",
+    )
     patience: int = Field(default=2, ge=1, description="evaluations in a row that look like reward hacking")
     distance_factor: float = Field(
         default=1.05, ge=1, description="distance above this multiple of the best so far counts as worse"
     )
-    class_hit_drop: float = Field(default=0.05, ge=0)
+    class_hit_drop: float = Field(default=0.05, ge=0, description="class hit this far below the best so far counts as worse")
+    heldout_drop: float = Field(
+        default=0.5,
+        ge=0,
+        description="all that is held out this far below the start counts as worse: log-odds of detectors, standard deviations of rewards",
+    )
+    rollbacks: int = Field(default=2, ge=1, description="rollback: so many times, then stop")
+    rollback_lr: float = Field(default=0.5, gt=0, le=1, description="rollback: the learning rate is multiplied by this each time")
 
 
 class RunConfig(Frozen):
@@ -166,6 +181,11 @@ class RunConfig(Frozen):
     group: GroupConfig = GroupConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     reward_timeout_s: float = Field(default=120.0, gt=0)
+    reward_outage_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="a step waits so long for services that do not answer, and then goes on without their scores",
+    )
     max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -174,8 +194,14 @@ class RunConfig(Frozen):
     ema: EMAConfig = EMAConfig()
     eval: EvalConfig = EvalConfig()
     alarm: AlarmConfig = AlarmConfig()
-    checkpoint_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints; every evaluation makes one too")
     checkpoint_keep: int = Field(default=2, ge=1, description="newest ones kept; the best is kept besides")
+    checkpoint_best: str = Field(
+        default="distance",
+        pattern=r"^(total|distance|heldout:.+)$",
+        description="what makes a checkpoint the best: distance to photographs (without monitors: total), total (the trained reward), or "
+        "heldout:NAME, a reward of weight 0 or one of the monitors",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
@@ -188,6 +214,11 @@ class RunConfig(Frozen):
             raise ValueError("sampling.window is longer than [window_first, window_last)")
         if sum(r.weight for r in self.rewards.values()) <= 0:
             raise ValueError("all reward weights are 0: nothing would be trained")
+        held = self.rewards.get(self.checkpoint_best.removeprefix("heldout:"))
+        if self.checkpoint_best.startswith("heldout:") and held is not None and held.weight > 0:
+            raise ValueError(f"checkpoint_best={self.checkpoint_best}: that reward is trained on; held out is one with weight=0")
+        if self.checkpoint_best.startswith("heldout:") and held is None and self.eval.monitors is None:
+            raise ValueError(f"checkpoint_best={self.checkpoint_best} needs a reward of that name with weight=0, or eval.monitors")
         if self.optim.final_lr < 1 and self.optim.lr_steps is None:
             raise ValueError("optim.final_lr needs optim.lr_steps: over how many steps should the learning rate fall?")
         if self.loss.use == "guard" and s.kind != "sde":

@@ -33,6 +33,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.weights.values(), o.lr, o.betas, o.eps, o.weight_decay)
         self.ema = EMA(self.weights, config.ema.decay, config.ema.every)
         self.updates = 0
+        self.lr_scale = 1.0  # below 1 after a rollback
 
     def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> dict[str, float]:
         """`begin`, `accumulate` each rollout, `finish`; the advantages' rows stand in the order of the rollouts."""
@@ -57,7 +58,7 @@ class Learner:
         self._seen: dict[str, list[tuple[float, float]]] = {}
         self._reference: dict[tuple[int, int, int], Tensor] = {}  # it does not change between updates
         self._given: list[tuple[Rollout, Advantages]] = []
-        self._lr = self.config.optim.lr_at(step)
+        self._lr = self.config.optim.lr_at(step) * self.lr_scale
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self._lr
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,11 +8,12 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from trainer import alarm, checkpoint
-from trainer.config import ConfigError, PromptsConfig, RunConfig, dump
+from trainer import alarm, checkpoint, memory
+from trainer.config import ConfigError, PromptsConfig, RunConfig, Stopped, dump
 from trainer.learning import Learner
 from trainer.metrics import Metrics, read
+from trainer.profile import Profile
 from trainer.registry import resolve
 from trainer.sampling.rollout import noise_seed, ratio_deviation, sample, window_of
 from trainer.scoring import Rewards, Scorer
@@ -34,36 +36,67 @@ from trainer.types import Prompt, Rollout
 EVALUATION_STEP = -1  # evaluations draw the same noise every time: that of this "step"
 
 
-class GaveUp(RuntimeError):
+class GaveUp(Stopped):
     """No scores for too long; the run is saved."""
+
+
+class DiskFull(Stopped):
+    """Nothing could be saved, three times in a row or at the end; the last good checkpoint stands."""
 
 
 class Run:
     """A policy, its optimiser, its services and its folder."""
 
-    def __init__(self, config: RunConfig, folder: Path, resume: bool = False) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        resume: bool = False,
+        *,
+        services: bool = True,
+        accept: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        """Whatever cannot work is refused before a service is asked. Without `services` nothing can be scored (a dry run); without `accept`
+        the first trajectory is not checked (a look at a checkpoint); `quiet` writes nothing (all ranks but the first).
+        """
+        self.folder, self.quiet = folder, quiet
+        self.told: list[str] = []  # what a resumed run has to say
         self.prompts = read_prompts(config.prompts)
         self.advantages_of = resolve("advantages", "group_relative")
-        self.scorer = Scorer(config.rewards, config.reward_timeout_s)
         self.policy = load_policy(config)
         s = config.sampling
-        self.shape = self.policy.latent_shape(s.height, s.width)
-        self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
-        self.eval_sigmas = self.policy.sigmas(config.eval.steps, s.height, s.width)
+        try:
+            self.shape = self.policy.latent_shape(s.height, s.width)
+            self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
+            self.eval_sigmas = self.policy.sigmas(config.eval.steps, s.height, s.width)
+        except ValueError as error:
+            raise ConfigError(f"sampling.height={s.height}, sampling.width={s.width}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [prompt.text for prompt in self.prompts[0]]
+        self.config = config = memory.fitted(config, self.policy, texts, self.shape, folder, known=resume)
         self.learner = Learner(self.policy, config)
         self.weights = self.learner.weights
+        self.stateful: dict[str, checkpoint.Stateful] = {}  # what else a checkpoint carries: registered here, before it is read
+        self.profile = Profile(self.policy)
+        self.done = self.unscored_steps = self.unsaved = 0
+        self.rollbacks: list[int] = []
+        self.versions: dict[str, int] = {}
+        resumed = resume and self._resume()
+        self.accepted_s = 0.0
+        if accept:
+            start = time.monotonic()
+            self.accept()
+            self.accepted_s = time.monotonic() - start
+        self.scorer: Scorer = Scorer(config.rewards, config.reward_timeout_s) if services else cast(Any, None)
+        known = {name: info.version for name, info in self.scorer.infos.items()} if services else {}
+        self.versions = known | self.versions
         self.monitors = load_monitors(config)
-        self.done = self.unscored_steps = 0
-        self.versions: dict[str, int] = {name: info.version for name, info in self.scorer.infos.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        last = checkpoint.steps(folder)[-1:] if resume else []
-        if last:
-            self._restore(last[0])
-        self.metrics = Metrics(folder, resume_at=self.done if last else None)
-        (folder / "config.yaml").write_text(dump(config))
-        checkpoint.write_json(folder / "versions.json", self._versions())
-        (folder / "done.json").unlink(missing_ok=True)
+        self.metrics = Metrics(folder, resume_at=self.done if resumed else None, quiet=quiet)
+        if not quiet:
+            (folder / "config.yaml").write_text(dump(config))
+            checkpoint.write_json(folder / "versions.json", self._versions())
+            (folder / "done.json").unlink(missing_ok=True)
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -73,6 +106,7 @@ class Run:
     def step(self) -> dict[str, Any]:
         """One training step; returns its line of metrics."""
         start, c = time.monotonic(), self.config
+        self.profile.start()
         rollouts, futures = [], []
         for first, prompts in self._together(self._prompts_of(self.done)):
             with self.learner.sampling_weights():
@@ -103,7 +137,7 @@ class Run:
                 "failures": dict(rewards.failures),
                 "zero_std_groups": advantages.zero_variance_groups,
                 "dropped_groups": advantages.dropped_groups,
-                "seconds/sample": sampled - start,
+                **self.profile.split(sampled - start),
                 "seconds/wait": scored - sampled,
                 "seconds/train": end - scored,
                 "pictures/second": pictures / (end - start),
@@ -160,49 +194,127 @@ class Run:
             )
         return deviation
 
-    def save(self, best: int | None) -> None:
-        """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do."""
+    def save(self) -> None:
+        """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do. OSError leaves the one before."""
+        if self.quiet:
+            return
         self.metrics.sync()
         tensors, learned = self.learner.state()
         meta = {
             **learned,
             "unscored_steps": self.unscored_steps,
+            "rollbacks": self.rollbacks,
             "seed": self.config.seed,
             "fingerprint": self.policy.fingerprint(),
             "config": checkpoint.training(self.config),
-            "config_hash": checkpoint.config_hash(self.config),
             "sigmas_hash": digest(self.sigmas),
             "reward_versions": self.versions,
+            "state": {},
         }
-        checkpoint.save(self.folder, self.done, tensors, meta)
+        for name, part in self.stateful.items():
+            own, meta["state"][name] = part.state()
+            tensors |= {f"state/{name}/{key}": value for key, value in own.items()}
+        try:
+            checkpoint.save(self.folder, self.done, tensors, meta)
+        except checkpoint.NotSaved:
+            if not checkpoint.prune(self.folder, 1, self.best(saved=True)):  # nothing to be had that way
+                raise
+            checkpoint.save(self.folder, self.done, tensors, meta)
+        best = self.best()
         if best is not None:
             checkpoint.write_json(self.folder / "checkpoints" / "best.json", {"step": best, "folder": f"step_{best:06d}"})
         checkpoint.prune(self.folder, self.config.checkpoint_keep, best)
+
+    def best(self, saved: bool = False) -> int | None:
+        """Step of the best evaluation whose checkpoint is there, or, unless `saved`, about to be; None before the first."""
+        c, evaluations = self.config, self.metrics.evaluations
+        there = {*checkpoint.steps(self.folder), *([] if saved else [self.done])} - {*self.rollbacks}
+        if c.alarm.action == "rollback":
+            there &= {*alarm.sound(evaluations, c.alarm, self.held_out)}
+        there &= {int(e["step"]) for e in evaluations}
+        if not there:
+            return None
+        return int(alarm.best(evaluations, by=c.checkpoint_best, held_out=self.held_out, among=there)["step"])
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """Sign of each reward that has no weight, and so is not trained on."""
+        signs = zip(self.scorer.names, self.scorer.signs_R.tolist(), strict=True)
+        return {name: sign for name, sign in signs if self.config.rewards[name].weight == 0}
 
     def adopt(self, folder: Path) -> None:
         """The weights (and their average) of a checkpoint of the same model."""
         saved = checkpoint.read(folder)
         checkpoint.check_model(saved, self.policy.fingerprint())
+        checkpoint.check_shapes(self.weights, saved.under("weights"))
         self.learner.adopt(saved)
+
+    def adopt_best(self) -> tuple[int, checkpoint.Saved]:
+        """Step and content of the best checkpoint that can be read; damaged ones are set aside, and `told`."""
+        while (step := self.best(saved=True)) is not None:
+            if (saved := self._readable(step)) is not None:
+                return step, saved
+        raise checkpoint.CheckpointError(
+            f"no checkpoint of an evaluation is left in {self.folder}: start anew in another --run-dir"
+        )
+
+    def roll_back(self, saved: checkpoint.Saved) -> None:
+        """The weights, average and optimiser of an earlier checkpoint under a lower learning rate; the steps count on."""
+        self._put(saved)
+        self.rollbacks.append(self.done)
+        self.learner.lr_scale = self.config.alarm.rollback_lr ** len(self.rollbacks)
 
     def close(self) -> None:
         """Close files and connections."""
         self.metrics.close()
-        self.scorer.close()
+        if self.scorer:
+            self.scorer.close()
 
-    def _restore(self, step: int) -> None:
-        saved = checkpoint.read(checkpoint.folder_of(self.folder, step))
+    def _resume(self) -> bool:
+        """From the newest checkpoint that can be read; False where there never was one."""
+        if not self.quiet:
+            checkpoint.recover(self.folder)
+        steps = checkpoint.steps(self.folder)
+        for step in reversed(steps):
+            if (saved := self._readable(step)) is not None:
+                self._restore(saved)
+                return True
+        if steps:
+            raise checkpoint.CheckpointError(f"{' '.join(self.told)} None is left: start anew in another --run-dir.")
+        return False
+
+    def _readable(self, step: int) -> checkpoint.Saved | None:
+        """The checkpoint after `step`, or None where it is damaged: then it is set aside, and that is `told`."""
+        try:
+            return checkpoint.read(checkpoint.folder_of(self.folder, step))
+        except checkpoint.Unreadable as error:
+            aside = checkpoint.set_aside(self.folder, step) if not self.quiet else self.folder
+            self.told.append(
+                f"The checkpoint after step {step} is damaged ({error.__cause__}) and now lies in {aside}; the one before counts."
+            )
+            return None
+
+    def _restore(self, saved: checkpoint.Saved) -> None:
         c = self.config
-        checkpoint.check(
+        self.told += checkpoint.check(
             saved,
             fingerprint=self.policy.fingerprint(),
             config=checkpoint.training(c),
             sigmas_hash=digest(self.sigmas),
         )
-        self.learner.load_state(saved)
-        self.done = saved.meta["step"]
+        self._put(saved)
+        self.done, self.rollbacks = saved.meta["step"], list(saved.meta.get("rollbacks", []))
+        self.learner.lr_scale = c.alarm.rollback_lr ** len(self.rollbacks)
         self.unscored_steps = 0
         self.versions.update(saved.meta["reward_versions"])
+
+    def _put(self, saved: checkpoint.Saved) -> None:
+        checkpoint.check_shapes(self.weights, saved.under("weights"))
+        self.learner.load_state(saved)
+        for name, part in self.stateful.items():
+            if name not in saved.meta.get("state", {}):
+                raise checkpoint.CheckpointError(f"the checkpoint was written without {name!r}: take another --run-dir")
+            part.load_state(saved.under(f"state/{name}"), saved.meta["state"][name])
 
     def _together(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
         """(position of the first, prompts) of as many whole groups as fit into a micro-batch, one at least."""
@@ -251,49 +363,99 @@ class Run:
             "threads": torch.get_num_threads(),
             "packages": {name: importlib.metadata.version(name) for name in packages},
             "policy": self.policy.fingerprint(),
-            "rewards": {name: json.loads(info.model_dump_json()) for name, info in self.scorer.infos.items()},
+            "rewards": {name: json.loads(info.model_dump_json()) for name, info in self.scorer.infos.items()}
+            if self.scorer
+            else {},
         }
 
 
 def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> str:
-    """Steps until the recipe's end, an alarm or `stop()`; returns the reason. `tell` sees every line of metrics.
+    """Steps until the recipe's end, an alarm or `stop()`; returns the reason. `tell` sees every line of metrics, and notes.
 
-    GaveUp after `max_unscored_steps` steps in a row without a score, with the run saved.
+    Stopped says what to do: GaveUp after `max_unscored_steps` steps in a row without a score, with the run saved; DiskFull; OutOfMemory.
     """
-    c, evaluations = run.config, run.metrics.evaluations
-    run.accept()
-    if not evaluations:
+
+    def note(text: str) -> None:
+        tell({"kind": "note", "step": run.done, "text": text})
+
+    run.metrics.warn = note
+    try:
+        return _train(run, stop, tell, note)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.exhausted(error):
+            raise
+        raise memory.OutOfMemory(memory.advice(run.config, f"step {run.done + 1}", error)) from error
+
+
+def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:
+    c, reason = run.config, ""
+    for text in run.told:
+        note(text)
+    run.told.clear()
+    if not run.metrics.evaluations:
         tell(run.evaluate())
-        run.save(best_step(evaluations))
-    reason = ""
+        if c.checkpoint_best.startswith("heldout:"):
+            alarm.measure_of(c.checkpoint_best, run.metrics.evaluations[0], run.held_out)
+        _keep(run, note)
     while not reason:
         if run.done >= c.steps:
             reason = "finished"
         elif stop():
-            run.save(best_step(evaluations))
+            _keep(run, note, must=True)
             return "interrupted"
         else:
             tell(run.step())
             if run.unscored_steps >= c.max_unscored_steps:
-                run.save(best_step(evaluations))
+                _keep(run, note, must=True)
                 raise GaveUp(
                     f"{run.unscored_steps} steps in a row without a single score from "
                     f"{', '.join(f'{name} ({reward.url})' for name, reward in c.rewards.items())}; see `failures` in "
                     f"{run.metrics.path}. The run is saved: mend the services and start again with --resume."
                 )
-            reason = _after(run, evaluations, tell)
-    best = best_step(evaluations)
-    run.adopt(checkpoint.folder_of(run.folder, best))
-    with run.learner.ema.swapped():
-        run.policy.save_adapter(run.folder / "adapter")
-    checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
+            reason = _after(run, tell, note)
+    best, saved = run.adopt_best()
+    run.learner.adopt(saved)
+    if not run.quiet:
+        try:
+            _adapter(run)
+            checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
+        except OSError as error:
+            raise DiskFull(
+                f"the adapter could not be written into {run.folder} ({error}); make room and start again with --resume"
+            ) from error
     return reason
+
+
+def _keep(run: Run, note: Callable[[str], None], must: bool = False) -> None:
+    """Save. When that fails the run goes on to the next time; DiskFull the third time in a row, or where it `must` be."""
+    try:
+        run.save()
+        run.unsaved = 0
+    except OSError as error:
+        run.unsaved += 1
+        newest = checkpoint.steps(run.folder)[-1:]
+        stands = f"the one after step {newest[0]} stands" if newest else "there is none yet"
+        if must or run.unsaved >= 3:
+            raise DiskFull(
+                f"{error}; {stands}. Make room (fewer checkpoints: checkpoint_keep=1), and go on with --resume."
+            ) from error
+        note(f"{error}; {stands}. The run goes on and tries again at the next checkpoint; make room.")
+
+
+def _adapter(run: Run) -> None:
+    """The folder `adapter`, whole or not at all."""
+    building, final = run.folder / ".adapter.building", run.folder / "adapter"
+    shutil.rmtree(building, ignore_errors=True)
+    with run.learner.ema.swapped():
+        run.policy.save_adapter(building)
+    shutil.rmtree(final, ignore_errors=True)
+    building.rename(final)
 
 
 def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Measure a checkpoint of a run (or the bare policy when `run_folder` is None) and write nothing into the run."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(config, Path(scratch))
+        run = Run(config, Path(scratch), accept=False)
         try:
             if run_folder is not None:
                 run.adopt(checkpoint.folder_of(run_folder, step))
@@ -304,26 +466,40 @@ def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[st
             run.close()
 
 
-def _after(run: Run, evaluations: list[dict[str, Any]], tell: Callable[[dict[str, Any]], None]) -> str:
+def _after(run: Run, tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:
     """Evaluation, alarm and checkpoint where they are due; the reason to stop, or nothing."""
     c, reason = run.config, ""
     last = run.done >= c.steps
     due = run.done % c.eval.every == 0 or last
     if due:
         tell(run.evaluate())
-        raised = alarm.check(evaluations, c.alarm)
+        since = run.rollbacks[-1] if run.rollbacks else -1
+        raised = alarm.check(run.metrics.evaluations, c.alarm, run.held_out, since, run.best())
         if raised is not None:
-            line = {"reason": raised.reason, "action": c.alarm.action, "best_step": raised.best_step}
-            tell(run.metrics.write("alarm", run.done, line))
-            reason = f"alarm: {raised.reason}" if c.alarm.action == "stop" else ""
+            reason = _alarmed(run, raised, last, tell, note)
     if due or run.done % c.checkpoint_every == 0:
-        run.save(best_step(evaluations))
+        _keep(run, note)
     return reason
 
 
-def best_step(evaluations: Sequence[Mapping[str, Any]]) -> int:
-    """Step of the best evaluation so far."""
-    return int(alarm.best(evaluations)["step"])
+def _alarmed(run: Run, raised: alarm.Alarm, last: bool, tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:
+    """What the recipe chose: the reason to stop, or nothing."""
+    chosen = run.config.alarm
+    action, best = chosen.action, raised.best_step
+    if action == "rollback" and (last or len(run.rollbacks) >= chosen.rollbacks):
+        action = "stop"
+    saved = None
+    if action == "rollback":
+        best, saved = run.adopt_best()
+    line = {"reason": raised.reason, "action": action, "best_step": best}
+    tell(run.metrics.write("alarm", run.done, line))
+    if saved is not None:
+        run.roll_back(saved)
+        left = chosen.rollbacks - len(run.rollbacks)
+        note(
+            f"back to the weights of step {best} with {run.learner.lr_scale:g} of the learning rate; {left} more such returns, then it stops"
+        )
+    return f"alarm: {raised.reason}" if action == "stop" else ""
 
 
 def load_policy(config: RunConfig) -> Any:
