@@ -1,7 +1,9 @@
 """A vLLM server over its OpenAI-compatible API: at a URL, or a supervised child on loopback. vLLM batches; here only questions go out.
 
-A picture travels once: as a lossless PNG with an id, and after that as its id alone, as long as the server still has it. Label
-log-probabilities are asked for by token id, so none is missing; a server without that field (`dialect: openai`) gives its likeliest few.
+A picture travels once: as a lossless PNG with an id, and after that as its id alone, as long as the server still has it. The server
+that Verism starts has a route for many questions with raw pixels (`inside_vllm`), which spares it half of the work; others are asked by
+vLLM's own routes. Label log-probabilities are asked for by token id, so none is missing; a server without that field (`dialect: openai`)
+gives its likeliest few.
 """
 
 import base64
@@ -21,6 +23,7 @@ from threading import Lock, Semaphore
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 from PIL import Image
 
 from services.engines.base import Chat, Echo, Failure, First, Generated, Picture, Sampling, continued, picture_id, too_long
@@ -34,6 +37,8 @@ _KNOWN = 16_384
 _TOGETHER = (
     6  # questions of one request, where vLLM has its route for several: its engine works on one while its server reads the next
 )
+_MANY = 48  # of one to the route of inside_vllm, which hands them on piece by piece
+OWN = "/v1/verism/questions"
 SERVE = Path(__file__).parent / "inside_vllm" / "verism_serve.py"
 GONE = Failure("engine-gone", "the judge's engine is not there; it is started again, so ask once more in a minute", retryable=True)
 
@@ -73,7 +78,7 @@ class VllmEngine:
         self._alias: OrderedDict[str, str] = OrderedDict()
         self._carried: dict[str, Future[None]] = {}
         self._lock, self._slots = Lock(), Semaphore(1 + -(-options.concurrent // _TOGETHER))
-        self._together, self._echoes = not self._plain, self.server is not None
+        self._together = self._own = not self._plain
         self._ids = lru_cache(8192)(self._tokenized)
         self.context: int | None = None
         if self.server is not None:
@@ -165,7 +170,7 @@ class VllmEngine:
             found = (row[str(token)]["logprob"] if isinstance(row, Mapping) else row for row, token in zip(rows, tail, strict=True))
             return Echo(tuple(float(one) for one in found))
 
-        return self._each(chats, settings, read, together=self._echoes)
+        return self._each(chats, settings, read, together=self._own)
 
     def _tail(self, chat: Chat) -> tuple[int, ...]:
         """Token ids of the continuation, in its place after the chat template's own."""
@@ -188,7 +193,7 @@ class VllmEngine:
                 raise ValueError(f"{len(told)} answers instead of {draws}")
             return told * (sampling.n // draws)
 
-        return self._each(chats, settings, read, together=draws == 1)
+        return self._each(chats, settings, read, together=draws == 1 or self._own)
 
     def _each(
         self,
@@ -218,7 +223,8 @@ class VllmEngine:
             ]
 
         futures: list[tuple[list[int], Future[list[A | Failure]]]] = []
-        for rows in _parts(chats, _TOGETHER if together and self._together else 1):
+        most = _MANY if self._own else _TOGETHER if self._together else 1
+        for rows in _parts(chats, most if together else 1):
             names = [[] if self._plain else [picture_id(image) for image in chats[i].images] for i in rows]
             with self._lock:
                 new = {name for several in names for name in several if name not in self._known}
@@ -249,27 +255,19 @@ class VllmEngine:
     ) -> list[Mapping[str, Any] | Failure]:
         """The server's answer to each; of several together, where one that cannot be answered is the end of all, one by one then.
         What httpx raises."""
-        if len(chats) > 1 and (self.server is None or self.server.ready):
+        if (self._own or len(chats) > 1) and (self.server is None or self.server.ready):
             with self._lock:
                 whole = {name for several in names for name in several if name in mine or name not in self._known}
             left = set(whole)
             bodies = []
             for chat, several in zip(chats, names, strict=True):
-                bodies.append(self._body(chat, several, left & set(several), settings))
+                bodies.append(self._body(chat, several, left & set(several), settings, raw=self._own))
                 left -= set(several)  # later ones name it
-            answer = self._http.post(
-                "/v1/chat/completions/batch", json={**bodies[0], "messages": [body["messages"] for body in bodies]}
-            )
-            if answer.status_code == 200:
+            answers = self._many(bodies, settings)
+            if answers is not None:
                 self._has(name for several in names for name in several)
-                rows = sorted(answer.json()["choices"], key=lambda one: int(one["index"]))
-                if len(rows) == len(chats) and all("prompt_logprobs" in row for row in rows if "prompt_logprobs" in settings):
-                    return [{"choices": [row], **row} for row in rows]
-                self._echoes = False
-            elif answer.status_code in (404, 405):  # an older server
-                self._together = False
-            else:
-                self._rename(whole)
+                return answers
+            self._rename(whole)
         out: list[Mapping[str, Any] | Failure] = []
         for chat, several in zip(chats, names, strict=True):
             try:
@@ -277,6 +275,27 @@ class VllmEngine:
             except _Refused as refused:
                 out.append(refused.failure)
         return out
+
+    def _many(self, bodies: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> list[Mapping[str, Any] | Failure] | None:
+        """Several answers of one request; None where they have to be asked one by one."""
+        messages = {"messages": [body["messages"] for body in bodies]}
+        if self._own:
+            kept = ("model", "add_generation_prompt", "continue_final_message")
+            body = {**{key: bodies[0][key] for key in kept}, **messages, "sampling": _sampling(settings)}
+            sent = msgspec.msgpack.encode(body)
+            answer = self._http.post(OWN, content=sent, headers={"content-type": "application/msgpack"})
+            if answer.status_code in (404, 405):  # a vLLM that is built otherwise
+                self._own = False
+            if answer.status_code != 200:
+                return None
+            return [{"choices": rows, **rows[0]} for rows in msgspec.msgpack.decode(answer.content)["answers"]]
+        answer = self._http.post("/v1/chat/completions/batch", json={**bodies[0], **messages})
+        if answer.status_code in (404, 405):  # an older server
+            self._together = False
+        if answer.status_code != 200:
+            return None
+        rows = sorted(answer.json()["choices"], key=lambda one: int(one["index"]))
+        return [{"choices": [row], **row} for row in rows] if len(rows) == len(bodies) else None
 
     def _ask(self, chat: Chat, names: list[str], mine: set[str], settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """The server's answer; pictures that it does not have any more are sent again. _Refused, or what httpx raises."""
@@ -314,14 +333,16 @@ class VllmEngine:
             while len(self._known) > _KNOWN:
                 self._known.popitem(last=False)
 
-    def _body(self, chat: Chat, names: list[str], whole: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _body(
+        self, chat: Chat, names: list[str], whole: set[str], settings: Mapping[str, Any], raw: bool = False
+    ) -> dict[str, Any]:
         left = iter(names)
 
         def picture(image: Picture) -> dict[str, Any]:
             if self._plain:
                 return {"type": "image_url", "image_url": {"url": data_url(image)}}
             name = next(left)
-            url = {"url": data_url(image)} if name in whole else None
+            url = (pixels(image) if raw else {"url": data_url(image)}) if name in whole else None
             return {"type": "image_url", "image_url": url, "uuid": self._alias.get(name, name)}
 
         body = {"model": self.name, "messages": chat.messages(picture), **settings}
@@ -348,6 +369,16 @@ def _parts(chats: Sequence[Chat], most: int) -> list[list[int]]:
     return out
 
 
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the chat route's settings those of vLLM's SamplingParams."""
+    kept = {
+        key: settings[key]
+        for key in ("n", "temperature", "seed", "top_p", "max_tokens", "prompt_logprobs", "logprob_token_ids")
+        if key in settings
+    }
+    return kept | {"detokenize": "logprob_token_ids" not in kept and "prompt_logprobs" not in kept}
+
+
 def _opening(chat: Chat) -> dict[str, bool]:
     goes_on = chat.continuation is not None
     return {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
@@ -355,6 +386,11 @@ def _opening(chat: Chat) -> dict[str, bool]:
 
 def _no_picture(image: Picture) -> Any:
     raise AssertionError("only texts are counted")
+
+
+def pixels(image: Picture) -> dict[str, Any]:
+    """Width and height, and the rows of RGB."""
+    return {"size": (image.shape[1], image.shape[0]), "rgb": image.tobytes()}
 
 
 def data_url(image: Picture) -> str:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_answers_are_those_of_transformers_and_follow_their_seed(engine: VllmEng
 
 def test_a_picture_travels_once(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
-    monkeypatch.setattr(module, "data_url", lambda image, url=module.data_url: (sent.append(picture_id(image)), url(image))[1])
+    monkeypatch.setattr(module, "pixels", lambda image, raw=module.pixels: (sent.append(picture_id(image)), raw(image))[1])
     group = [picture(100 + i, 40, 40) for i in range(6)]
     pairs = [Chat((a, b, "Which?")) for i, a in enumerate(group) for j, b in enumerate(group) if i != j]
     together = engine.first(pairs, SPELLINGS)
@@ -118,55 +118,49 @@ def test_a_picture_travels_once(engine: VllmEngine, monkeypatch: pytest.MonkeyPa
         assert isinstance(a, First) and isinstance(b, First) and dict(a.logprobs) == pytest.approx(dict(b.logprobs), abs=BAND)
 
 
-def test_questions_of_one_request_are_those_of_single_ones(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    posted: list[str] = []
-    post = engine._http.post
-    monkeypatch.setattr(engine._http, "post", lambda url, **rest: (posted.append(url), post(url, **rest))[1])
+def same(a: Sequence[First | Echo | Failure], b: Sequence[First | Echo | Failure]) -> None:
+    for one, other in zip(a, b, strict=True):
+        if isinstance(one, First):
+            assert isinstance(other, First) and dict(one.logprobs) == pytest.approx(dict(other.logprobs), abs=BAND)
+        else:
+            assert isinstance(one, Echo) and isinstance(other, Echo) and one.logprobs_T == pytest.approx(other.logprobs_T, abs=BAND)
+
+
+def test_every_way_to_ask_several_gives_the_same(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our child's own route, vLLM's route for several, and one by one where a server has neither."""
+    posted, gone, post = list[str](), set[str](), engine._http.post
+
+    def watched(url: str, **rest: Any) -> httpx.Response:
+        posted.append(url)
+        return post(f"{url}/none" if url in gone else url, **rest)
+
+    monkeypatch.setattr(engine._http, "post", watched)
     group = [
         Chat((picture(400 + i, 40, 40), "Which?"), system=None if i % 2 else "You are a helpful assistant.") for i in range(30)
     ]
-    together = engine.first(group, SPELLINGS)
-    assert posted.count("/v1/chat/completions/batch") == -(-30 // module._TOGETHER) and "/v1/chat/completions" not in posted
-    written = engine.generate(group[:4], Sampling(max_tokens=4))
-    monkeypatch.setattr(engine, "_together", False)
-    for a, b in zip(together, engine.first(group, SPELLINGS), strict=True):
-        assert isinstance(a, First) and isinstance(b, First) and dict(a.logprobs) == pytest.approx(dict(b.logprobs), abs=BAND)
-    assert written == engine.generate(group[:4], Sampling(max_tokens=4)) and posted.count("/v1/chat/completions") == 34
-    monkeypatch.setattr(engine, "_together", True)
+    echoed = [Chat((picture(450 + i, 40, 40 + 28 * (i % 2)), "What?"), continuation=CAPTIONS[i % 5]) for i in range(9)]
+    greedy, sampling = Sampling(max_tokens=4), Sampling(n=2, temperature=1.0, max_tokens=4, seed=3)
+    one, several = "/v1/chat/completions", "/v1/chat/completions/batch"
+
+    first, echo = engine.first(group, SPELLINGS), engine.echo(echoed)
+    written = [engine.generate(group[:4], how) for how in (greedy, sampling)]
+    assert set(posted) <= {module.OWN, "/tokenize"} and posted.count(module.OWN) == 4
+
     posted.clear()
-    monkeypatch.setattr(
-        engine._http, "post", lambda url, **rest: (posted.append(url), post(url.replace("/batch", "/none"), **rest))[1]
-    )
-    older = engine.first(group[:3], SPELLINGS)
-    assert posted == ["/v1/chat/completions/batch"] + ["/v1/chat/completions"] * 3 and not engine._together
-    assert all(isinstance(one, First) for one in older)
+    gone.add(module.OWN)  # as a vLLM of another build
+    same(first, engine.first(group, SPELLINGS))
+    assert not engine._own and posted.count(module.OWN) == 1
+    same(first, engine.first(group, SPELLINGS))
+    assert posted.count(several) == -(-30 // module._TOGETHER)
+    same(echo, engine.echo(echoed))
+    assert [engine.generate(group[:4], how) for how in (greedy, sampling)] == written
 
-
-def test_echoes_of_one_request_are_those_of_single_ones(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    posted: list[str] = []
-    post = engine._http.post
-    monkeypatch.setattr(engine._http, "post", lambda url, **rest: (posted.append(url), post(url, **rest))[1])
-    asked = [Chat((picture(450 + i, 40, 40 + 28 * (i % 2)), "What?"), continuation=CAPTIONS[i % 5]) for i in range(9)]
-    together = engine.echo(asked)
-    assert posted.count("/v1/chat/completions/batch") == 2 and "/v1/chat/completions" not in posted
-    alone = [engine.echo([one])[0] for one in asked]
-    assert posted.count("/v1/chat/completions") == 9
-    for a, b in zip(together, alone, strict=True):
-        assert isinstance(a, Echo) and isinstance(b, Echo) and a.logprobs_T == pytest.approx(b.logprobs_T, abs=BAND)
-
-    def as_vllm_alone(url: str, **rest: Any) -> httpx.Response:
-        answer = post(url, **rest)
-        told = answer.json()
-        for choice in told.get("choices", []):
-            choice.pop("prompt_logprobs", None)
-        return httpx.Response(answer.status_code, json=told, request=answer.request)
-
-    monkeypatch.setattr(engine, "_echoes", True)
-    monkeypatch.setattr(engine._http, "post", as_vllm_alone)
-    for a, b in zip(together, engine.echo(asked), strict=True):
-        assert isinstance(a, Echo) and isinstance(b, Echo) and a.logprobs_T == pytest.approx(b.logprobs_T, abs=BAND)
-    assert not engine._echoes, "one by one from now on"
-    monkeypatch.setattr(engine, "_echoes", True)
+    posted.clear()
+    gone.add(several)  # an older server
+    same(first[:3], engine.first(group[:3], SPELLINGS))
+    assert posted[-4:] == [several, one, one, one] and not engine._together
+    monkeypatch.setattr(engine, "_own", True)
+    monkeypatch.setattr(engine, "_together", True)
 
 
 def test_a_picture_that_the_server_has_no_more_is_sent_again(engine: VllmEngine, here: Engine) -> None:
