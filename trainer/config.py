@@ -49,25 +49,111 @@ class PromptsConfig(Frozen):
     eval: Path
 
 
-class SamplingConfig(Frozen):
-    """How pictures are drawn. `window` steps inside [first, last) are stochastic and trained."""
+def _guided(section: str, guided: tuple[int, int] | None, guidance: float, steps: int) -> None:
+    if guided is None:
+        return
+    if not 0 <= guided[0] < guided[1] <= steps:
+        raise ValueError(f"{section}.guided_steps={list(guided)} must be [first, last) with 0 <= first < last <= {steps}")
+    if guidance == 1.0:
+        raise ValueError(f"{section}.guided_steps needs {section}.guidance: 1 is none")
 
-    steps: int = Field(default=10, ge=2)
-    window: int = Field(default=3, ge=1)
-    window_first: int = Field(default=0, ge=0)
-    window_last: int = Field(default=5, ge=1)
-    kind: Literal["sde", "dance", "cps"] = "sde"
-    noise_level: float = Field(default=0.7, gt=0)
-    same_noise: bool = Field(default=False, description="members of a group start from one noise and differ by the window alone")
-    guidance: float = Field(default=1.0, ge=0)
-    height: int = Field(default=512, ge=8)
-    width: int = Field(default=512, ge=8)
+
+class SamplingConfig(Frozen):
+    """How pictures are drawn. `window` steps inside [window_first, window_last) are stochastic and trained, the others an ODE."""
+
+    steps: int = Field(default=10, ge=2, description="steps from noise to picture")
+    window: int | None = Field(
+        default=3, ge=1, description="trained steps; null for losses that need no path: the whole way is the ODE"
+    )
+    window_first: int = Field(default=0, ge=0, description="first step that may be trained; step 0 starts from pure noise")
+    window_last: int = Field(default=5, ge=1, description="one behind the last step that may be trained; the last of all never is")
+    window_kind: Literal["random", "fixed", "sliding"] = Field(
+        default="random", description="a place drawn for every step and group; always the first; or walking on as MixGRPO does"
+    )
+    window_stride: int = Field(default=1, ge=1, description="sliding: steps to move by")
+    window_every: int = Field(default=25, ge=1, description="sliding: training steps at one place")
+    window_back: bool = Field(
+        default=True, description="sliding: go back to the first place after the last, instead of staying there"
+    )
+    window_strategy: Literal["progressive", "exp_decay"] = Field(
+        default="progressive", description="sliding: the same time at every place, or less and less behind window_hold"
+    )
+    window_decay: float = Field(default=0.1, ge=0, description="exp_decay: k in window_every exp(-k max(0, place - window_hold))")
+    window_hold: int | None = Field(default=None, ge=0, description="exp_decay: up to this place the full time; null is the middle")
+    kind: Literal["sde", "dance", "cps"] = Field(default="sde", description="the stochastic step")
+    noise_level: float = Field(default=0.7, gt=0, description="a of the stochastic step; for cps up to 1")
+    noise_schedule: Literal["flat", "early"] = Field(
+        default="flat", description="one level for all steps, or more in early steps with the same sum of variances"
+    )
+    noise_power: float = Field(default=1.0, gt=0, description="early: how fast the level falls, ((steps - i) / steps)^power")
+    prefix: Literal["own", "shared"] = Field(
+        default="own", description="shared: members go one way up to the window, walked once, and differ by the window alone"
+    )
+    branches: int | None = Field(
+        default=None,
+        ge=2,
+        description="shared: members to one way, so group.size / branches ways in a group; null is the whole group",
+    )
+    branch_at: int | None = Field(
+        default=None, ge=0, description="shared: steps of the window before this one are common too; null parts at its start"
+    )
+    same_noise: bool = Field(default=False, description="the same as prefix=shared, its older name")
+    solver: Literal["euler", "dpm2m"] = Field(default="euler", description="how the steps that are not trained are walked")
+    steps_after: int | None = Field(
+        default=None, ge=1, description="so many steps behind the window at most, along the same curve; null is all that are left"
+    )
+    guidance: float = Field(default=1.0, ge=0, description="1 is none and costs one pass instead of two")
+    guided_steps: tuple[int, int] | None = Field(
+        default=None, description="[first, last) of the steps that are guided, the others with guidance 1; null is all"
+    )
+    height: int = Field(default=512, ge=8, description="pixels, a multiple of the policy's unit")
+    width: int = Field(default=512, ge=8, description="pixels, a multiple of the policy's unit")
     micro_batch: Annotated[int, BeforeValidator(lambda value: 0 if value == "auto" else value)] = Field(
         default=16,
         ge=0,
         description="pictures per forward pass, in sampling and in training alike; groups that fit share one, and a window; "
         "auto (or 0): the most that memory takes, tried at the start and kept for the run",
     )
+
+    def copies(self, size: int) -> int:
+        """How many members of a group of `size` share a first noise, and a way up to the window."""
+        return (self.branches or size) if self.same_noise or self.prefix == "shared" else 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SamplingConfig":
+        _guided("sampling", self.guided_steps, self.guidance, self.steps)
+        if self.window is None:
+            if self.copies(2) > 1:
+                raise ValueError(
+                    "without a window members of one way are one picture: set sampling.prefix=own and same_noise=false"
+                )
+            if self.steps_after is not None:
+                raise ValueError(
+                    "sampling.steps_after counts steps behind the window, and sampling.window is null: set sampling.steps"
+                )
+            return self
+        if self.window_last > self.steps - 1:
+            raise ValueError(
+                f"sampling.window_last is {self.window_last}, but the last of {self.steps} steps is never trained: "
+                f"{self.steps - 1} at most"
+            )
+        if self.window > self.window_last - self.window_first:
+            raise ValueError("sampling.window is longer than [window_first, window_last)")
+        if self.window_kind == "sliding" and self.window_stride > self.window:
+            raise ValueError("sampling.window_stride is longer than sampling.window: steps in between would never be trained")
+        if self.copies(2) == 1 and (self.branches, self.branch_at) != (None, None):
+            raise ValueError("sampling.branches and branch_at are about members that share a way: set sampling.prefix=shared")
+        if self.branch_at is not None and not self.branch_at < self.window_first + self.window:
+            raise ValueError(
+                f"sampling.branch_at={self.branch_at} is behind the first window, whose members would be one picture: "
+                f"{self.window_first + self.window - 1} at most"
+            )
+        if self.steps_after is not None and self.steps_after >= self.steps - self.window_first - self.window:
+            raise ValueError(
+                f"sampling.steps_after={self.steps_after} is not fewer than the steps behind the earliest window: "
+                f"{self.steps - self.window_first - self.window - 1} at most, or null"
+            )
+        return self
 
 
 class GroupConfig(Frozen):
@@ -140,10 +226,21 @@ class EvalConfig(Frozen):
     every: int = Field(default=10, ge=1)
     samples: int = Field(default=200, ge=2)
     steps: int = Field(default=10, ge=2)
-    guidance: float = Field(default=1.0, ge=0)
+    guidance: float = Field(default=1.0, ge=0, description="1 is none and costs one pass instead of two")
+    guided_steps: tuple[int, int] | None = Field(
+        default=None, description="[first, last) of the steps that are guided; null is all"
+    )
+    solver: Literal["euler", "dpm2m"] = Field(default="euler", description="how the path is walked")
+    height: int | None = Field(default=None, ge=8, description="pixels; null is the training's (train small, look at large)")
+    width: int | None = Field(default=None, ge=8, description="pixels; null is the training's")
     monitors: Path | None = Field(default=None, description="folder of held-out detectors and features; null for none")
     grid: int = Field(default=40, ge=1)
     seed: int = 1234
+
+    @model_validator(mode="after")
+    def _possible(self) -> "EvalConfig":
+        _guided("eval", self.guided_steps, self.guidance, self.steps)
+        return self
 
 
 class AlarmConfig(Frozen):
@@ -206,12 +303,11 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         s = self.sampling
-        if s.window_last > s.steps - 1:
-            raise ValueError(
-                f"sampling.window_last is {s.window_last}, but the last of {s.steps} steps is never trained: {s.steps - 1} at most"
-            )
-        if s.window > s.window_last - s.window_first:
-            raise ValueError("sampling.window is longer than [window_first, window_last)")
+        if s.window is None and self.loss.use in ("grpo", "guard"):
+            raise ValueError(f"loss.use={self.loss.use} learns from the steps of a window: give sampling.window a number")
+        copies = s.copies(self.group.size)
+        if self.group.size % copies or copies > self.group.size:
+            raise ValueError(f"group.size={self.group.size} does not divide into sampling.branches={copies}: make it a multiple")
         if sum(r.weight for r in self.rewards.values()) <= 0:
             raise ValueError("all reward weights are 0: nothing would be trained")
         held = self.rewards.get(self.checkpoint_best.removeprefix("heldout:"))

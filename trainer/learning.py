@@ -112,7 +112,7 @@ class Learner:
     def _add(self, rollout: Rollout, advantages: Advantages, total: float) -> None:
         for column in range(rollout.window.length):
             for rows in self._micro_batches(len(rollout.prompts)):
-                self._loss(rollout, column, rows, rows_of(advantages, rows), total * self.config.sampling.window).backward()
+                self._loss(rollout, column, rows, rows_of(advantages, rows), total * rollout.window.length).backward()
 
     def _update(self) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.optim.max_grad_norm)

@@ -29,11 +29,10 @@ from trainer.learning import Learner
 from trainer.metrics import Metrics, read
 from trainer.profile import Profile
 from trainer.registry import resolve
-from trainer.sampling.rollout import noise_seed, ratio_deviation, sample, window_of
+from trainer.sampling.rollout import noise_seed, ratio_deviation
+from trainer.sampling.sampler import Sampler
 from trainer.scoring import Rewards, Scorer
 from trainer.types import Prompt, Rollout
-
-EVALUATION_STEP = -1  # evaluations draw the same noise every time: that of this "step"
 
 
 class GaveUp(Stopped):
@@ -65,16 +64,11 @@ class Run:
         self.prompts = read_prompts(config.prompts)
         self.advantages_of = resolve("advantages", "group_relative")
         self.policy = load_policy(config)
-        s = config.sampling
-        try:
-            self.shape = self.policy.latent_shape(s.height, s.width)
-            self.sigmas = self.policy.sigmas(s.steps, s.height, s.width)
-            self.eval_sigmas = self.policy.sigmas(config.eval.steps, s.height, s.width)
-        except ValueError as error:
-            raise ConfigError(f"sampling.height={s.height}, sampling.width={s.width}: {error}") from error
+        self.sampler = Sampler(self.policy, config)
         folder.mkdir(parents=True, exist_ok=True)
         texts = [prompt.text for prompt in self.prompts[0]]
-        self.config = config = memory.fitted(config, self.policy, texts, self.shape, folder, known=resume)
+        self.config = config = memory.fitted(config, self.policy, texts, self.sampler.shape, folder, known=resume)
+        self.sampler.config = config
         self.learner = Learner(self.policy, config)
         self.weights = self.learner.weights
         self.stateful: dict[str, checkpoint.Stateful] = {}  # what else a checkpoint carries: registered here, before it is read
@@ -164,22 +158,8 @@ class Run:
         """(B, H, W, 3) uint8 of `count` evaluation prompts, in turn along the ODE."""
         s, known = self.config.sampling, self.prompts[1]
         prompts = [known[i % len(known)] for i in range(count)]
-        chunks = []
         with self.learner.ema.swapped():
-            for start in range(0, len(prompts), s.micro_batch):
-                part = prompts[start : start + s.micro_batch]
-                seeds = [noise_seed(self.config.eval.seed, EVALUATION_STEP, p.id, start + i) for i, p in enumerate(part)]
-                out = sample(
-                    self.policy,
-                    part,
-                    seeds,
-                    sigmas=self.eval_sigmas,
-                    shape=self.shape,
-                    window=None,
-                    guidance=self.config.eval.guidance,
-                    micro_batch=s.micro_batch,
-                )
-                chunks.append(out.images_BHWC)
+            chunks = [self.sampler.pictures(prompts[n : n + s.micro_batch], n) for n in range(0, count, s.micro_batch)]
         return np.concatenate(chunks), prompts
 
     def accept(self) -> float:
@@ -207,7 +187,7 @@ class Run:
             "seed": self.config.seed,
             "fingerprint": self.policy.fingerprint(),
             "config": checkpoint.training(self.config),
-            "sigmas_hash": digest(self.sigmas),
+            "sigmas_hash": digest(self.sampler.sigmas),
             "reward_versions": self.versions,
             "state": {},
         }
@@ -300,7 +280,7 @@ class Run:
             saved,
             fingerprint=self.policy.fingerprint(),
             config=checkpoint.training(c),
-            sigmas_hash=digest(self.sigmas),
+            sigmas_hash=digest(self.sampler.sigmas),
         )
         self._put(saved)
         self.done, self.rollbacks = saved.meta["step"], list(saved.meta.get("rollbacks", []))
@@ -324,23 +304,7 @@ class Run:
 
     def _sample(self, prompts: Sequence[Prompt], first: int) -> Rollout:
         """Whole groups, one for each prompt, in one rollout with one window; `first` is the place of the first group in the step."""
-        c, s = self.config, self.config.sampling
-        size = c.group.size
-        members = [(first + n, k, prompt) for n, prompt in enumerate(prompts) for k in range(size)]
-        return sample(
-            self.policy,
-            [prompt for *_, prompt in members],
-            [noise_seed(c.seed, self.done, prompt.id, n * size + k) for n, k, prompt in members],
-            sigmas=self.sigmas,
-            shape=self.shape,
-            window=window_of(c.seed, self.done, first, s.window, s.window_first, s.window_last),
-            noise_level=s.noise_level,
-            kind=s.kind,
-            guidance=s.guidance,
-            group=first,
-            start_seeds=[noise_seed(c.seed, self.done, p.id, -1 - n) for n, _, p in members] if s.same_noise else None,
-            micro_batch=s.micro_batch,
-        )
+        return self.sampler.groups(self.done, prompts, first)
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of one step: epochs in shuffled order, a function of (seed, step)."""

@@ -16,6 +16,12 @@ REGISTRY: dict[str, dict[str, str]] = {
         "nft": "trainer.losses.nft:nft",
     },
     "regularizer": {"v_kl": "trainer.regularizers.kl:v_kl", "x_kl": "trainer.regularizers.kl:x_kl"},
+    "window": {
+        "fixed": "trainer.sampling.windows:fixed",
+        "random": "trainer.sampling.windows:random",
+        "sliding": "trainer.sampling.windows:sliding",
+    },
+    "solver": {"dpm2m": "trainer.sampling.solvers:DPM2M", "euler": "trainer.sampling.solvers:Euler"},
     "advantages": {"group_relative": "trainer.advantages.group_relative:group_relative"},
 }
 

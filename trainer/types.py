@@ -50,14 +50,15 @@ class Window:
 class Rollout:
     """B samples of one group: everything that scoring and the loss need.
 
-    `states_BT` holds T + 1 latents (B, T + 1, C, H, W) float32: before the first trained step up to after the last one.
+    `states_BT` holds T + 1 latents (B, T + 1, C, H, W) float32: before the first trained step up to after the last one. `levels_T` is the
+    noise level of each trained step; `guided` the steps [first, last) that `guidance` holds in, all when null.
     """
 
     prompts: tuple[Prompt, ...]
     group: int
     window: Window
     sigmas: Tensor
-    noise_level: float
+    levels_T: tuple[float, ...]
     kind: str
     guidance: float
     condition: Condition
@@ -66,6 +67,16 @@ class Rollout:
     mean_old_BT: Tensor
     latents_BCHW: Tensor
     images_BHWC: NDArray[np.uint8]
+    guided: tuple[int, int] | None = None
+
+    def guidance_at(self, place: float) -> float:
+        """The guidance of step `place`: 1 (none, one pass) outside the guided steps."""
+        return guidance_at(self.guidance, self.guided, place)
+
+
+def guidance_at(guidance: float, guided: tuple[int, int] | None, place: float) -> float:
+    """`guidance` inside the steps [first, last) of `guided` or when it is null, 1 elsewhere."""
+    return guidance if guided is None or guided[0] <= place < guided[1] else 1.0
 
 
 class ImagePolicy(Protocol):

@@ -35,6 +35,46 @@ class Step:
     logp_B: Tensor | None
 
 
+def deviation(sigmas: Tensor, index_B: Tensor, noise_level: float, kind: str) -> tuple[Tensor, Tensor]:
+    """(g, standard deviation of the noise) of the steps from sigmas[index] on, both (B,); for cps they are the same."""
+    s_B, n_B = sigmas[index_B], sigmas[index_B + 1]
+    if kind == "cps":
+        std_B = n_B * math.sin(min(noise_level, 1.0) * math.pi / 2)
+        return std_B, std_B
+    diffusion_B = {
+        "sde": lambda: noise_level * torch.sqrt(s_B / (1 - torch.where(s_B == 1, sigmas[1], s_B))),
+        "dance": lambda: torch.full_like(s_B, noise_level),
+        "ode": lambda: torch.zeros_like(s_B),
+    }[kind]()
+    return diffusion_B, diffusion_B * torch.sqrt(s_B - n_B)
+
+
+def noise_levels(
+    sigmas: Tensor, level: float, kind: str, *, schedule: str = "flat", power: float = 1.0, first: int = 0, last: int | None = None
+) -> tuple[float, ...]:
+    """The noise level of each of the N steps: `flat` the same, `early` more where the picture is decided.
+
+    `early` follows HiCoGen's theorem that noise early gives the most diversity; the form is ours: the amplitude of step i falls as
+    ((N - i) / N)^power and is scaled so that the variance summed over the steps [first, last) stays that of `flat`. ValueError where cps
+    cannot hold so much noise in a step (its level ends at 1).
+    """
+    steps = len(sigmas) - 1
+    if schedule == "flat":
+        return (level,) * steps
+    index = torch.arange(first, steps - 1 if last is None else last, device=sigmas.device)
+    unit = deviation(sigmas, index, 1.0, kind)[1].double().square().cpu()
+    shape = torch.tensor([((steps - i) / steps) ** power for i in range(steps)], dtype=torch.float64)
+    flat = math.sin(min(level, 1.0) * math.pi / 2) if kind == "cps" else level
+    amplitude = flat * shape * torch.sqrt(unit.sum() / (shape[index.cpu()] ** 2 * unit).sum())
+    if kind != "cps":
+        return tuple(amplitude.tolist())
+    if float(amplitude[first]) > 1:
+        raise ValueError(
+            "the first steps would need more noise than cps can add: lower sampling.noise_level or sampling.noise_power"
+        )
+    return tuple((torch.asin(amplitude.clamp(max=1)) * 2 / math.pi).tolist())
+
+
 def step(
     x: Tensor,
     v: Tensor,
@@ -62,21 +102,12 @@ def step(
     s_B, n_B = sigmas[index_B], sigmas[index_B + 1]
     shape = (-1, *(1,) * (x.ndim - 1))
     s, n = s_B.view(shape), n_B.view(shape)
-    dt_B = n_B - s_B
-    dt = dt_B.view(shape)
+    dt = (n_B - s_B).view(shape)
+    diffusion_B, std_B = deviation(sigmas, index_B, noise_level, kind)
     if kind == "cps":
-        angle = min(noise_level, 1.0) * math.pi / 2
-        std_B = n_B * math.sin(angle)
-        diffusion_B = std_B
         x0, eps = x - s * v, x + (1 - s) * v
         mean = (1 - n) * x0 + torch.sqrt(n**2 - std_B.view(shape) ** 2) * eps
     else:
-        diffusion_B = {
-            "sde": lambda: noise_level * torch.sqrt(s_B / (1 - torch.where(s_B == 1, sigmas[1], s_B))),
-            "dance": lambda: torch.full_like(s_B, noise_level),
-            "ode": lambda: torch.zeros_like(s_B),
-        }[kind]()
-        std_B = diffusion_B * torch.sqrt(-dt_B)
         drift = diffusion_B.view(shape) ** 2 / (2 * s)
         mean = x * (1 + drift * dt) + v * (1 + drift * (1 - s)) * dt
     if kind == "ode":

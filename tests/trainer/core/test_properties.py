@@ -18,7 +18,8 @@ from trainer.losses.nft import nft
 from trainer.policies import flow
 from trainer.registry import resolve
 from trainer.regularizers.kl import v_kl, x_kl
-from trainer.sampling.rollout import noise_seed, window_of
+from trainer.sampling.rollout import noise_seed
+from trainer.sampling.windows import window_of
 
 finite = st.floats(-100, 100, allow_nan=False)
 
