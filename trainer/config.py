@@ -9,10 +9,12 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shared.schema import MAX_ITEMS, MAX_PAIRS, pairs_of
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -170,20 +172,181 @@ class GroupConfig(Frozen):
         return self
 
 
+class MapConfig(Frozen):
+    """A reward mapped to [0, 1], higher is better, before anything is made of it."""
+
+    use: Literal["affine", "sigmoid"] = "sigmoid"
+    zero: float = Field(default=0.0, description="affine: the value that counts as 0; above `one` where lower is better")
+    one: float = Field(default=1.0, description="affine: the value that counts as 1; clipped beyond both")
+    centre: float = Field(default=0.0, description="sigmoid: the value that counts as one half")
+    scale: float = Field(
+        default=1.0, gt=0, description="sigmoid: how far from the centre counts as 0.73; 0.27 where lower is better"
+    )
+
+    @model_validator(mode="after")
+    def _two_ends(self) -> "MapConfig":
+        if self.zero == self.one:
+            raise ValueError("zero and one are the same value: name the reward that counts as 0 and the one that counts as 1")
+        given = self.model_fields_set & ({"centre", "scale"} if self.use == "affine" else {"zero", "one"})
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in given):
+            right = "zero and one" if self.use == "affine" else "centre and scale"
+            raise ValueError(f"{', '.join(sorted(given))} is not read by use: {self.use}, which takes {right}")
+        return self
+
+
+class GateConfig(Frozen):
+    """A reward as a condition, in the units its service gives: a sample outside [min, max] fails it."""
+
+    min: float | None = Field(default=None, description="smallest value that passes")
+    max: float | None = Field(default=None, description="largest value that passes")
+    below: Literal["worst", "mask"] = Field(
+        default="worst", description="what fails gets the worst value of its group in every reward, or is left out"
+    )
+
+    @model_validator(mode="after")
+    def _a_condition(self) -> "GateConfig":
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs min or max: the value from which, or up to which, a sample passes")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("nothing passes a gate whose min is above its max")
+        return self
+
+
+class UncertaintyConfig(Frozen):
+    """Advantages of samples that a judge is unsure of count less: A exp(-U / tau)."""
+
+    part: str = Field(
+        default="sigma", description="U: the score's own `sigma`, a part (`spread`), or `standard_error` of a reward that compares"
+    )
+    square: bool = Field(default=False, description="U is the part squared: a variance, where it is a deviation")
+    tau: float = Field(default=1.0, gt=0, description="the U at which an advantage counts e^-1")
+
+
+class CompareConfig(Frozen):
+    """The reward is the win rate in its own group, asked at the service's /v1/compare (Pref-GRPO, 2508.20751)."""
+
+    plan: Literal["all", "anchor", "swiss"] = Field(
+        default="all", description="every pair; all against `anchors` members; or rounds among those of like standing"
+    )
+    anchors: int | None = Field(default=None, ge=1, description="anchor: so many first members of a group meet all; null is one")
+    rounds: int | None = Field(default=None, ge=1, description="swiss: rounds; null is log2 of the group")
+    hard: bool = Field(default=False, description="count a verdict as a win, a tie or a loss, not as a probability")
+
+    @model_validator(mode="after")
+    def _of_its_plan(self) -> "CompareConfig":
+        if self.anchors is not None and self.plan != "anchor":
+            raise ValueError("compare.anchors belongs to plan anchor: set compare.plan=anchor, or leave it away")
+        if self.rounds is not None and self.plan != "swiss":
+            raise ValueError("compare.rounds belongs to plan swiss: set compare.plan=swiss, or leave it away")
+        return self
+
+
 class RewardConfig(Frozen):
     """One reward service. `part` trains on a named part of the score (a detector's `logit`, which does not saturate)."""
 
     url: str | list[str]
-    weight: float = Field(default=1.0, ge=0)
-    part: str | None = None
+    weight: float = Field(default=1.0, ge=0, description="0: measured, but not trained on (gates and gardo.aux may name it)")
+    part: str | None = Field(default=None, description="a named part of the score instead of its value")
+    role: Literal["base", "bonus"] | None = Field(default=None, description="for advantages.use=base_bonus")
+    map: MapConfig | None = Field(default=None, description="to [0, 1]; null takes the service's own range where a rule needs one")
+    gate: GateConfig | None = Field(default=None, description="a condition that samples have to meet")
+    uncertainty: UncertaintyConfig | None = Field(default=None, description="advantages count less where the score is unsure")
+    compare: CompareConfig | None = Field(default=None, description="train on the win rate in the group, not on single scores")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RewardConfig":
+        part = None if self.uncertainty is None else self.uncertainty.part
+        if self.compare is not None and self.part is not None:
+            raise ValueError("a win rate has no parts: leave `part` away, or `compare`")
+        if self.compare is not None and part not in (None, "standard_error"):
+            raise ValueError("the uncertainty of a win rate is its standard error: set uncertainty.part=standard_error")
+        if self.compare is None and part == "standard_error":
+            raise ValueError("uncertainty.part=standard_error is of a reward that compares: set `compare`, or name sigma or a part")
+        if self.role is not None and self.weight == 0:
+            raise ValueError(f"role={self.role} needs a weight above 0: the reward is part of the product")
+        if self.uncertainty is not None and self.weight == 0:
+            raise ValueError(
+                "uncertainty weighs what is trained on, and this reward's weight is 0: raise it, or leave uncertainty away"
+            )
+        return self
+
+
+Rule = Literal["base_bonus", "best", "best_worst", "gdpo", "group_relative", "log_tame", "product", "rwr"]
+# What each rule reads besides eps, clip and min_valid.
+READS: dict[str, tuple[str, ...]] = {
+    "base_bonus": ("std", "base_share", "base_guard"),
+    "best": ("combine",),
+    "best_worst": ("combine",),
+    "gdpo": (),
+    "group_relative": ("combine", "std"),
+    "log_tame": ("std", "tame_above"),
+    "product": ("std",),
+    "rwr": (),
+}
 
 
 class AdvantageConfig(Frozen):
-    combine: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
-    std: Literal["group", "global"] = "group"
-    eps: float = Field(default=1e-4, gt=0)
-    clip: float = Field(default=5.0, gt=0)
-    min_valid: int = Field(default=2, ge=2)
+    """From rewards to advantages: how much better than its own group."""
+
+    use: Rule = Field(default="group_relative", description="the rule; docs/training.md compares them")
+    combine: Literal["normalize_then_sum", "sum_then_normalize"] = Field(
+        default="normalize_then_sum", description="z-score each reward and sum, or sum the rewards as they are"
+    )
+    std: Literal["group", "global"] = Field(default="group", description="divide by the group's deviation, or the whole step's")
+    eps: float = Field(default=1e-4, gt=0, description="added to a deviation before dividing by it")
+    clip: float = Field(default=5.0, gt=0, description="largest |A|")
+    min_valid: int = Field(default=2, ge=2, description="a group with fewer scored members is left out of the step")
+    base_share: float = Field(default=0.4, ge=0, le=1, description="base_bonus: what the base is worth without a bonus")
+    base_guard: float | None = Field(
+        default=None, ge=0, le=1, description="base_bonus: no bonus for a base (in [0, 1]) up to this; FIRM's editing has 0.25"
+    )
+    tame_above: float | None = Field(default=None, description="log_tame: tame rewards with std / mean above; null is their mean")
+    per_reward: bool = Field(default=False, description="hand the z-scores of each reward to the loss too (MARBLE)")
+
+    @model_validator(mode="after")
+    def _read(self) -> "AdvantageConfig":
+        for key in ("combine", "std", "base_share", "base_guard", "tame_above"):
+            if key not in READS[self.use] and getattr(self, key) != type(self).model_fields[key].default:
+                rules = [rule for rule, keys in READS.items() if key in keys]
+                raise ValueError(f"advantages.{key} is not read by use={self.use}: leave it away, or set use={' or '.join(rules)}")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """What the rule takes."""
+        return {key: getattr(self, key) for key in ("eps", "clip", "min_valid", *READS[self.use])}
+
+
+class GardoConfig(Frozen):
+    """GARDO (2512.24138), off by default: hold only doubtful samples back, and pay more for good ones that differ."""
+
+    gate: bool = Field(default=False, description="the KL acts only on samples whose trained reward the `aux` rewards do not share")
+    aux: list[str] = Field(default=[], description="rewards of weight 0 that the trained one is checked against")
+    direction: Literal["proxy_over_aux", "released"] = Field(
+        default="proxy_over_aux", description="doubt what the trained reward ranks above the others; or the released code's sign"
+    )
+    share: float = Field(default=0.1, gt=0, lt=1, description="of the samples with U >= 0: held back at the start")
+    share_min: float = Field(default=0.02, gt=0, lt=1, description="least that the share falls to")
+    share_max: float = Field(default=0.2, gt=0, lt=1, description="most that the share grows to")
+    history: int = Field(
+        default=20, ge=1, description="steps that the mean U is compared with; so many pass before the share moves"
+    )
+    when_none: Literal["none", "all"] = Field(
+        default="none", description="what is held back when no sample is doubtful; the released NFT takes all"
+    )
+    diversity: bool = Field(
+        default=False, description="instead of the rule: (r - mean), times how far a good sample is from its like"
+    )
+    features: str = Field(default="monitors", description="of diversity: eval.monitors, or package.module:function of your own")
+
+    @model_validator(mode="after")
+    def _whole(self) -> "GardoConfig":
+        if self.gate and not self.aux:
+            raise ValueError("gardo.gate compares the trained reward with others: name rewards of weight 0 in gardo.aux")
+        if self.aux and not self.gate:
+            raise ValueError("gardo.aux is read by gardo.gate alone: set gardo.gate=true, or leave aux away")
+        if not self.share_min <= self.share <= self.share_max:
+            raise ValueError("gardo.share must lie between share_min and share_max")
+        return self
 
 
 class LossConfig(Frozen):
@@ -285,6 +448,7 @@ class RunConfig(Frozen):
     )
     max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
     advantages: AdvantageConfig = AdvantageConfig()
+    gardo: GardoConfig = GardoConfig()
     loss: LossConfig = LossConfig()
     kl: KLConfig = KLConfig()
     optim: OptimConfig = OptimConfig()
@@ -320,6 +484,58 @@ class RunConfig(Frozen):
         if self.loss.use == "guard" and s.kind != "sde":
             raise ValueError("loss.use=guard is defined for sampling.kind=sde only")
         return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> "RunConfig":
+        trained = {name: reward for name, reward in self.rewards.items() if reward.weight > 0}
+        for name, reward in self.rewards.items():
+            if reward.compare is not None:
+                _pairs_fit(name, reward.compare, self.group.size)
+            if reward.role is not None and self.advantages.use != "base_bonus":
+                raise ValueError(f"rewards.{name}.role is read by advantages.use=base_bonus alone: set that, or leave role away")
+        if self.advantages.use == "base_bonus":
+            roles = [reward.role for reward in trained.values()]
+            if roles.count("base") != 1 or "bonus" not in roles or None in roles:
+                raise ValueError(
+                    "advantages.use=base_bonus needs one reward with role=base and one or more with role=bonus among those with a "
+                    f"weight; it has {', '.join(f'{name}: {reward.role}' for name, reward in trained.items())}"
+                )
+        if trained and all(reward.compare is not None for reward in trained.values()) and self.eval.monitors is None:
+            raise ValueError(
+                "win rates tell which picture of a group is better, not whether the policy is: nothing would tell the best checkpoint. "
+                "Set eval.monitors, or give a reward that scores single pictures a weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gardo_fits(self) -> "RunConfig":
+        g = self.gardo
+        for name in g.aux:
+            if name not in self.rewards:
+                raise ValueError(f"gardo.aux names {name!r}, which is no reward here: it has {', '.join(self.rewards)}")
+            if self.rewards[name].weight > 0:
+                raise ValueError(f"gardo.aux names {name!r}, which is trained on: set rewards.{name}.weight=0, or name another")
+        if g.gate and self.kl.weight == 0:
+            raise ValueError("gardo.gate says which samples the KL holds back, and there is none: set kl.weight, e.g. 0.04")
+        if g.diversity and g.features == "monitors" and self.eval.monitors is None:
+            raise ValueError("gardo.features=monitors needs eval.monitors, e.g. world/monitors; or name a function of your own")
+        if g.diversity and self.advantages.use != "group_relative":
+            raise ValueError(
+                f"gardo.diversity is a rule of its own, instead of advantages.use={self.advantages.use}: leave one away"
+            )
+        if g.diversity and (self.advantages.combine, self.advantages.std) != ("normalize_then_sum", "group"):
+            raise ValueError("gardo.diversity takes the rewards as they are: leave advantages.combine and std away")
+        return self
+
+
+def _pairs_fit(name: str, compare: CompareConfig, size: int) -> None:
+    if size > MAX_ITEMS:
+        raise ValueError(f"rewards.{name}.compare: a group is compared in one request of {MAX_ITEMS} pictures; lower group.size")
+    if (compare.anchors or 1) >= size:
+        raise ValueError(f"rewards.{name}.compare.anchors={compare.anchors} is the whole group: {size - 1} at most, or plan=all")
+    pairs = pairs_of(size, compare.plan, compare.anchors or 1, compare.rounds)
+    if pairs > MAX_PAIRS:
+        raise ValueError(f"rewards.{name}.compare asks {pairs} pairs of a group, {MAX_PAIRS} at most: set compare.plan=swiss")
 
 
 def recipe_names() -> list[str]:
@@ -360,14 +576,20 @@ def validate(raw: dict[str, Any], source: str) -> RunConfig:
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     model: Any = RunConfig
-    for part in location:
-        if model is RewardConfig or not (isinstance(model, type) and issubclass(model, BaseModel)):
+    parts = iter(location)
+    for part in parts:
+        field = model.model_fields.get(part)
+        if field is None:
             break
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        model = RewardConfig if part == "rewards" else annotation
         if part == "rewards":
-            break
-    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+            model = RewardConfig
+            next(parts, None)  # its name
+            continue
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        model = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if model is None:
+            return []
+    return sorted(model.model_fields)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from trainer import alarm, checkpoint, memory
+from trainer.advantages.aggregate import aggregate, check, features_for, gate_of
 from trainer.config import ConfigError, PromptsConfig, RunConfig, Stopped, dump
 from trainer.learning import Learner
 from trainer.metrics import Metrics, read
 from trainer.profile import Profile
 from trainer.registry import resolve
+from trainer.regularizers.gardo import together
 from trainer.sampling.rollout import noise_seed, ratio_deviation
 from trainer.sampling.sampler import Sampler
 from trainer.scoring import Rewards, Scorer
@@ -62,7 +64,6 @@ class Run:
         self.folder, self.quiet = folder, quiet
         self.told: list[str] = []  # what a resumed run has to say
         self.prompts = read_prompts(config.prompts)
-        self.advantages_of = resolve("advantages", "group_relative")
         self.policy = load_policy(config)
         self.sampler = Sampler(self.policy, config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,9 @@ class Run:
         self.learner = Learner(self.policy, config)
         self.weights = self.learner.weights
         self.stateful: dict[str, checkpoint.Stateful] = {}  # what else a checkpoint carries: registered here, before it is read
+        self.gate = gate_of(config)
+        if self.gate is not None:
+            self.stateful["gardo"] = self.gate
         self.profile = Profile(self.policy)
         self.done = self.unscored_steps = self.unsaved = 0
         self.rollbacks: list[int] = []
@@ -83,9 +87,12 @@ class Run:
             self.accept()
             self.accepted_s = time.monotonic() - start
         self.scorer: Scorer = Scorer(config.rewards, config.reward_timeout_s) if services else cast(Any, None)
+        if services:
+            check(config, self.scorer)
         known = {name: info.version for name, info in self.scorer.infos.items()} if services else {}
         self.versions = known | self.versions
         self.monitors = load_monitors(config)
+        self.features = features_for(config, self.monitors)  # of gardo.diversity
         self.metrics = Metrics(folder, resume_at=self.done if resumed else None, quiet=quiet)
         if not quiet:
             (folder / "config.yaml").write_text(dump(config))
@@ -112,8 +119,8 @@ class Run:
         self.versions.update(rewards.versions)
         scored = time.monotonic()
         group_B = torch.arange(c.group.prompts).repeat_interleave(c.group.size)
-        signed_RB = self.scorer.signs_R[:, None] * rewards.values_RB
-        advantages = self.advantages_of(signed_RB, rewards.mask_RB, group_B, self.scorer.weights_R, **c.advantages.model_dump())
+        features_BD = together(self.features, [r.images_BHWC for r in rollouts]) if self.features is not None else None
+        advantages = aggregate(c, self.scorer, rewards, group_B, features_BD, self.gate)
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
         numbers = self.learner.learn(rollouts, advantages, self.done) if usable else {}
@@ -125,8 +132,9 @@ class Run:
             {
                 **summary(self.scorer, rewards, self.first, "mean", "std"),
                 **numbers,
+                **advantages.numbers,
                 "skipped": not usable,
-                "failed_scores": int((~rewards.mask_RB).sum()),
+                "failed_scores": rewards.missing,
                 "masked_samples": int((advantages.weights_B == 0).sum()),
                 "failures": dict(rewards.failures),
                 "zero_std_groups": advantages.zero_variance_groups,
@@ -149,7 +157,7 @@ class Run:
         images, prompts = self.pictures(self.config.eval.samples)
         rewards = self._score(images, prompts)
         values: dict[str, Any] = {**summary(self.scorer, rewards, self.first, "mean", "std", "sem"), "n": len(prompts)}
-        values["failed_scores"] = int((~rewards.mask_RB).sum())
+        values["failed_scores"] = rewards.missing
         if self.monitors is not None:
             values.update(self.monitors.measure(images, [p.meta.get("class") for p in prompts]))
         return values, images
@@ -538,17 +546,19 @@ def total(scorer: Scorer, values_RB: Tensor, first: Mapping[str, Any] | None) ->
     """(B,): the trained reward, higher is better; NaN where a reward with a weight is missing.
 
     Weighted mean of the rewards in standard deviations of the `first` evaluation, 0 at its mean, so that a logit and a cosine
-    count alike, as in the advantages. Without one the values' own mean and deviation serve.
+    count alike, as in the advantages. Without one the values' own mean and deviation serve. Win rates are left out, for their mean is
+    the same whatever the policy; NaN when nothing else has a weight.
     """
     out = torch.zeros(values_RB.shape[1], dtype=torch.float64)
-    for name, row, sign, weight in zip(scorer.names, values_RB, scorer.signs_R, scorer.weights_R, strict=True):
+    weights_R = scorer.weights_R * scorer.single_R
+    for name, row, sign, weight in zip(scorer.names, values_RB, scorer.signs_R, weights_R, strict=True):
         if weight > 0:
             scored = row[row.isfinite()]
             held = (first or {}).get(f"reward/{name}/mean"), (first or {}).get(f"reward/{name}/std")
             mean = held[0] if held[0] is not None else scored.mean()
             std = held[1] if held[1] is not None else scored.std(correction=1)
             out += sign * weight * (row - mean) / max(float(std), 1e-9)
-    return out / scorer.weights_R.sum()
+    return out / weights_R.sum()
 
 
 def digest(tensor: Tensor) -> str:

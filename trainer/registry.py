@@ -22,7 +22,16 @@ REGISTRY: dict[str, dict[str, str]] = {
         "sliding": "trainer.sampling.windows:sliding",
     },
     "solver": {"dpm2m": "trainer.sampling.solvers:DPM2M", "euler": "trainer.sampling.solvers:Euler"},
-    "advantages": {"group_relative": "trainer.advantages.group_relative:group_relative"},
+    "advantages": {
+        "base_bonus": "trainer.advantages.base_bonus:base_bonus",
+        "best": "trainer.advantages.best_worst:best",
+        "best_worst": "trainer.advantages.best_worst:best_worst",
+        "gdpo": "trainer.advantages.gdpo:gdpo",
+        "group_relative": "trainer.advantages.group_relative:group_relative",
+        "log_tame": "trainer.advantages.log_tame:log_tame",
+        "product": "trainer.advantages.product:product",
+        "rwr": "trainer.advantages.rwr:rwr",
+    },
 }
 
 

@@ -38,7 +38,8 @@ def log_tame(
         varies = inside.std(1, correction=0) / (inside.mean(1) + 1e-6)
         flat = inside.amax(1) == inside.amin(1)
         varies = torch.where(flat, 0.0, varies)
-        tamed = varies > (varies.mean() if tame_above is None else tame_above)
+        threshold = float(varies.mean()) if tame_above is None else tame_above
+        tamed = varies > threshold + 1e-9 * max(1.0, abs(threshold))  # not above by rounding alone
     row = weighted_sum(torch.where(tamed[:, None], rewards.log1p(), rewards), weights)
     scores = z_scores(row, valid_B, group_B, eps=eps, min_valid=min_valid, of_batch=std == "global")
     return replace(scores.answer(scores.z_RB[0], clip), numbers={"tamed_rewards": float(tamed.sum())})

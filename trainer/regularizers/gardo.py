@@ -82,13 +82,13 @@ class Gate:
         out = gated(u, self.share)
         return torch.ones_like(out) if self.when_none == "all" and not bool(out.any()) else out
 
-    def state(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"share": self.share, "seen": list(self.seen)}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For a checkpoint: no tensors, and plain JSON."""
+        return {}, {"share": self.share, "seen": list(self.seen)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """What `state` gave."""
-        self.share, self.seen = float(state["share"]), [float(u) for u in state["seen"]]
+        self.share, self.seen = float(values["share"]), [float(u) for u in values["seen"]]
 
 
 def proxy(rewards_RB: Tensor, mask_RB: Tensor, weights_R: Tensor) -> Tensor:
