@@ -1,6 +1,7 @@
 """Our formulas against outputs of the authors' own code; VERISM_VECTORS names another file of the same keys."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.trainer import tiny
 from trainer.advantages.group_relative import group_relative
 from trainer.losses.awm import awm
 from trainer.losses.common import velocity_error
@@ -18,17 +20,33 @@ from trainer.losses.grpo import grpo
 from trainer.losses.guard import guard
 from trainer.losses.nft import nft
 from trainer.policies.ema import EMA
-from trainer.policies.flow import step
+from trainer.policies.flow import deviation, step
+from trainer.policies.sd3 import SD3Policy
 from trainer.regularizers.kl import v_kl, x_kl
+from trainer.sampling.sampler import members
+from trainer.sampling.windows import window_of
+from trainer.types import Prompt
 
 FILE = Path(os.environ.get("VERISM_VECTORS", Path(__file__).parents[2] / "data" / "reference_vectors.npz"))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
+class Read(dict[str, np.ndarray]):
+    """Arrays by key, and which were asked for."""
+
+    asked: set[str]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
 @pytest.fixture(scope="module")
 def vectors() -> Any:
     with np.load(FILE, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+        out = Read({key: file[key] for key in file.files})
+    out.asked = set()
+    return out
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:
@@ -53,6 +71,17 @@ def test_flow_grpo_steps(vectors: Any, schedule: str, level: str, kind: str) -> 
     np.testing.assert_allclose(out.diffusion_B, vectors[key + "std"], **TOLERANCE)
     assert out.logp_B is not None
     np.testing.assert_allclose(out.logp_B, vectors[key + "logp"], **TOLERANCE)
+    x, v, noise = (tensor(vectors[at + name]) for name in ("sample", "model_output", "noise"))
+    sigmas, index = tensor(vectors[at + "sigmas"]), tensor(vectors[at + "step_index"])
+    drawn = step(x, v, sigmas, index, int(level) / 10, kind, noise=noise)
+    np.testing.assert_allclose(drawn.prev, vectors[key + "prev"], **TOLERANCE)
+    np.testing.assert_allclose(1000 * sigmas[:-1], vectors[at + "timesteps"], **TOLERANCE)
+
+
+def test_sd3_schedules(vectors: Any, tmp_path: Path) -> None:
+    policy = SD3Policy.load(tiny.write(tmp_path), max_sequence_length=tiny.LENGTH)
+    for steps in (10, 40):
+        np.testing.assert_allclose(policy.sigmas(steps, 16, 16), vectors[f"sde_sd3_{steps}_sigmas"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape, steps", [("packed", [2, 9, 13]), ("video", [2, 9])])
@@ -72,6 +101,10 @@ def test_other_latent_shapes(vectors: Any, shape: str, steps: list[int], kind: s
     np.testing.assert_allclose(out.diffusion_B, vectors[f"{key}{kind}_std"].reshape(-1), **TOLERANCE)
     assert out.logp_B is not None
     np.testing.assert_allclose(out.logp_B, vectors[f"{key}{kind}_logp"], **TOLERANCE)
+    x, v = tensor(vectors[key + "sample"]), tensor(vectors[key + "model_output"])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    drawn = step(x, v, tensor(vectors["sde_flux_28_4096_sigmas"]), torch.tensor(steps), 0.9, kind, noise=noise)
+    np.testing.assert_allclose(drawn.prev, vectors[f"{key}{kind}_prev"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("theirs, ours", [("flowsde", "sde"), ("dancesde", "dance"), ("cps", "cps"), ("ode", "ode")])
@@ -87,8 +120,9 @@ def test_flow_factory_steps(vectors: Any, theirs: str, ours: str) -> None:
         prev=tensor(vectors[key + "next"]),
     )
     np.testing.assert_allclose(out.mean, vectors[key + "mean"], **TOLERANCE)
+    np.testing.assert_allclose(out.diffusion_B, vectors[key + "std"], **TOLERANCE)
     if ours == "ode":
-        assert out.logp_B is None
+        assert out.logp_B is None and not vectors[key + "logp"].any(), "no log-probability, where theirs is 0"
     else:
         assert out.logp_B is not None
         np.testing.assert_allclose(out.logp_B, vectors[key + "logp"], **TOLERANCE)
@@ -102,6 +136,83 @@ def test_dance_steps(vectors: Any) -> None:
     np.testing.assert_allclose(out.mean, vectors["dance_mean"], **TOLERANCE)
     assert out.logp_B is not None
     np.testing.assert_allclose(out.logp_B, vectors["dance_logp"][:, 0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("index", [1, 5, 8])
+def test_steps_of_two_policies_and_their_ratios(vectors: Any, index: int) -> None:
+    key = f"derived_guard_step{index}_"
+    x, v_old, v_new, noise = (tensor(vectors[f"derived_guard_{name}"]) for name in ("x", "v_old", "v_new", "noise"))
+    sigmas, at = tensor(vectors["sde_sd3_10_sigmas"]), torch.full((len(x),), index)
+    old = step(x, v_old, sigmas, at, 0.9, "sde", noise=noise)
+    new = step(x, v_new, sigmas, at, 0.9, "sde", prev=old.prev)
+    assert old.logp_B is not None and new.logp_B is not None
+    for name, out in (("old", old), ("new", new)):
+        np.testing.assert_allclose(out.mean, vectors[f"{key}mean_{name}"], **TOLERANCE)
+        np.testing.assert_allclose(out.logp_B, vectors[f"{key}logp_{name}"], **TOLERANCE)  # type: ignore[arg-type]
+    g, root_dt = (float(number) for number in vectors[key + "std_sqrtdt"])
+    std_g, std = deviation(sigmas, at, 0.9, "sde")
+    np.testing.assert_allclose(std_g, [g] * len(x), **TOLERANCE)
+    np.testing.assert_allclose(std, [g * root_dt] * len(x), **TOLERANCE)
+    down, wide = -torch.ones(len(x)), 1e9  # an unclipped loss at advantage -1 is the ratio
+    logp = new.logp_B, old.logp_B
+    plain = grpo(*logp, down, wide, wide).values_B
+    np.testing.assert_allclose(plain, vectors[key + "ppo_ratio"], **TOLERANCE)
+    ours = guard(*logp, new.mean, old.mean, g, root_dt, down, wide, wide).values_B * root_dt**2
+    np.testing.assert_allclose(ours, vectors[key + "guard_ratio"], **TOLERANCE)
+    # RealGen's code takes one bias for the whole batch; with that in place of each sample's own, its ratios come out
+    bias_B = ((new.mean - old.mean) ** 2).flatten(1).mean(1) / (2 * (g * root_dt) ** 2)
+    np.testing.assert_allclose(
+        ours * torch.exp((bias_B.mean() - bias_B) * g * root_dt), vectors[key + "guard_ratio_batchbias"], **TOLERANCE
+    )
+
+
+def test_trajectories_in_low_precision_move_the_ratio(vectors: Any) -> None:
+    """Their table shows a scale (its inputs are not kept): ours is of that scale, and float32 has none of it."""
+    sigmas, levels = tensor(vectors["sde_sd3_10_sigmas"]), {"bf16": torch.bfloat16, "fp16": torch.float16}
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise = (torch.randn(10, 16, 8, 8, generator=generator) for _ in range(3))
+    out = step(x, v, sigmas, torch.arange(10), 0.7, "sde", noise=noise)
+    assert out.logp_B is not None
+    for name, dtype in levels.items():
+        kept = step(x.to(dtype), v, sigmas, torch.arange(10), 0.7, "sde", prev=out.prev.to(dtype))
+        assert kept.logp_B is not None
+        ours, theirs = (np.abs(r - 1) for r in (torch.exp(kept.logp_B - out.logp_B).numpy(), vectors[f"prec_ratio_{name}_storage"]))
+        assert 0.1 < np.median(ours) / np.median(theirs) < 10, (name, ours, theirs)
+        assert theirs.max() > 1e-5 < ours.max(), "more than a tenth of a clip range of 1e-4"
+    again = step(x, v, sigmas, torch.arange(10), 0.7, "sde", prev=out.prev)
+    assert again.logp_B is not None and float((torch.exp(again.logp_B - out.logp_B) - 1).abs().max()) < 2e-6
+
+
+def test_windows_of_mixgrpo(vectors: Any) -> None:
+    """Theirs shrink behind step 19 and are empty once before they start again; ours go back while they are whole."""
+    theirs, whole = vectors["mix_window_progressive"], 3 * 20
+    assert (theirs[:whole, 1] == 4).all() and (theirs[whole:, 1] < 4).any() and (theirs[:, 1] == 0).any()
+    ours = [window_of(0, step, 0, 4, 0, 23, kind="sliding", stride=1, every=3, back=True) for step in range(len(theirs))]
+    assert [(window.start, window.length) for window in ours[:whole]] == [tuple(row) for row in theirs[:whole]]
+    again = int(np.flatnonzero(theirs[whole:, 0] == 0)[0]) + whole
+    count = len(theirs) - again
+    assert [window.start for window in ours[whole : whole + count]] == theirs[again:, 0].tolist()
+    drawn = {window_of(seed, 0, 0, 4, 0, 23).start for seed in range(400)}
+    assert set(vectors["mix_window_random"].tolist()) <= drawn == set(range(20)), "another stream of numbers over the same places"
+
+
+def test_groups_are_whole_as_the_samplers_make_them(vectors: Any) -> None:
+    """The streams differ; what has to hold is the same: every prompt exactly K times, and ours in one piece on one rank."""
+
+    def whole(prompts: np.ndarray, size: int, count: int) -> bool:
+        return sorted(Counter(prompts.reshape(-1).tolist()).values()) == [size] * count
+
+    assert all(whole(epoch, 6, 2) for epoch in vectors["sampler_krepeat"])
+    assert whole(vectors["sampler_ff_DistributedKRepeatSampler"], 4, 6)
+    contiguous = vectors["sampler_ff_GroupContiguousSampler"]
+    assert whole(contiguous, 4, 4) and not set(contiguous[0].flat) & set(contiguous[1].flat)
+    spread = vectors["sampler_ff_GroupDistributedSampler"]
+    assert whole(spread, 4, 4) and all(whole(rank, 2, 4) for rank in spread)
+    prompts = [Prompt(id, f"prompt {id}") for id in range(4)]
+    chosen, seeds, _ = members(prompts, 0, 4, 1, 4, 7, 0)
+    ours = np.array([prompt.id for prompt in chosen])
+    assert whole(ours, 4, 4) and len(set(seeds)) == 16
+    assert (np.diff(ours.reshape(4, 4), axis=1) == 0).all(), "a group is a row"
 
 
 @pytest.mark.parametrize("index", [1, 5, 8])
@@ -187,3 +298,15 @@ def test_ema(vectors: Any) -> None:
     with ema.swapped():
         np.testing.assert_allclose(parameter.detach(), vectors["ema_trace"][-1], rtol=1e-5)
     np.testing.assert_allclose(parameter.detach(), [5.0, 6.0], rtol=1e-5)
+
+
+# other files' arrays, and one without a counterpart: the mean size of a group and the number of prompts, which Flow-GRPO logs
+ELSEWHERE = ("trl_", "ffadv_", "adv_rwr_", "adv_sft_", "adv_dpo_", "adv_tracker_stats", "manifest")
+
+
+def test_every_array_is_looked_at(vectors: Any, request: pytest.FixtureRequest) -> None:
+    known = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
+    run = {item.originalname for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)}
+    if known - run or hasattr(request.config, "workerinput") or request.config.option.keyword:
+        pytest.skip("only with all tests of this file, in one process")
+    assert not {key for key in vectors.keys() - vectors.asked if not key.startswith(ELSEWHERE)}
