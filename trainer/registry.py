@@ -5,15 +5,21 @@ import importlib
 from typing import Any
 
 REGISTRY: dict[str, dict[str, str]] = {
-    "policy": {"sd3": "trainer.policies.sd3:SD3Policy"},
+    "policy": {
+        "flux": "trainer.policies.flux:FluxPolicy",
+        "qwen_image": "trainer.policies.qwen_image:QwenImagePolicy",
+        "sd3": "trainer.policies.sd3:SD3Policy",
+        "z_image": "trainer.policies.z_image:ZImagePolicy",
+    },
     "loss": {"grpo": "trainer.losses.grpo:grpo", "guard": "trainer.losses.guard:guard"},
-    # On clean pictures noised again instead of on a trajectory; the loop does not drive these yet.
+    # On clean pictures noised again instead of on a trajectory.
     "forward_loss": {
         "awm": "trainer.losses.awm:awm",
         "crd": "trainer.losses.crd:crd",
         "dgpo": "trainer.losses.dgpo:dgpo",
         "dpo": "trainer.losses.dpo:dpo",
         "nft": "trainer.losses.nft:nft",
+        "rft": "trainer.losses.rft:rft",
     },
     "regularizer": {"v_kl": "trainer.regularizers.kl:v_kl", "x_kl": "trainer.regularizers.kl:x_kl"},
     "window": {

@@ -1,4 +1,4 @@
-"""What every registered image policy keeps to, on the embedded pipeline and on a random one of the same classes with a T5."""
+"""What every registered image policy keeps to: SD3 on the embedded pipeline, the others on random pipelines of their real classes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,20 +7,32 @@ import numpy as np
 import pytest
 import torch
 
+from tests.trainer import tiny_families
 from trainer.registry import REGISTRY, resolve
 from trainer.sampling.rollout import ratio_deviation, replay, sample
 from trainer.types import Prompt, Window
 
 WORLD = Path(__file__).resolve().parents[2] / "world" / "policy"
-OPTIONS: dict[str, dict[str, Any]] = {"sd3": {"path": WORLD, "max_sequence_length": 1, "lora": {"rank": 4, "alpha": 8}}}
+SMALL = {"rank": 4, "alpha": 8}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "flux": {"max_sequence_length": 8, "lora": SMALL},
+    "qwen_image": {"max_sequence_length": 64, "lora": SMALL},
+    "sd3": {"max_sequence_length": 1, "lora": SMALL},
+    "z_image": {"max_sequence_length": 16, "lora": SMALL},
+}
 WINDOW = Window(2, 3)
 PROMPTS = [Prompt(0, "a photo of a bag"), Prompt(1, "a pair of jeans"), Prompt(2, "a dress"), Prompt(3, "a coat")]
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: tiny_families.write(name, tmp_path_factory.mktemp(name)) for name in REGISTRY["policy"] if name != "sd3"}
+    return {"sd3": WORLD, **made}
+
+
 @pytest.fixture(params=sorted(REGISTRY["policy"]))
-def policy(request: pytest.FixtureRequest) -> Any:
-    options = dict(OPTIONS[request.param])
-    return resolve("policy", request.param).load(options.pop("path"), **options)
+def policy(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
+    return resolve("policy", request.param).load(folders[request.param], **OPTIONS[request.param])
 
 
 def draw(policy: Any, kind: str = "sde", seeds: tuple[int, ...] = (1, 2, 3, 4), window: Window | None = WINDOW, **more: Any) -> Any:
@@ -88,7 +100,7 @@ def test_the_loss_reaches_every_trainable_weight(policy: Any) -> None:
     (out.logp_B * torch.tensor([1.0, -1.0, 0.5, 2.0])).sum().backward()
     # the last block's text stream ends there, so its output weights have no influence
     dead = [k for k, p in policy.trainable().items() if p.grad is None or not p.grad.any()]
-    assert len(dead) <= 0.1 * len(policy.trainable()), dead
+    assert len(dead) <= 0.2 * len(policy.trainable()), dead
 
 
 def test_the_last_step_is_never_trained(policy: Any) -> None:
@@ -97,15 +109,50 @@ def test_the_last_step_is_never_trained(policy: Any) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused(policy: Any) -> None:
+    unit = policy.scale * policy.patch
+    with pytest.raises(
+        ValueError, match=rf"multiples of {unit} .*, not {7 * unit + 2}x{3 * unit}; near: height={7 * unit} or {8 * unit} "
+    ):
+        policy.latent_shape(7 * unit + 2, 3 * unit)
+    with pytest.raises(ValueError, match=f"height={unit} and width={unit}$"):
+        policy.latent_shape(0, unit)
+    assert policy.latent_shape(unit, 3 * unit)[1:] == (policy.patch, 3 * policy.patch)
+
+
+def test_one_sigma_per_sample_is_each_sample_alone(policy: Any) -> None:
+    x = torch.randn(4, *policy.latent_shape(28, 28), generator=torch.Generator().manual_seed(1))
+    condition, sigma_B = policy.encode([p.text for p in PROMPTS]), torch.tensor([0.9, 0.6, 0.3, 0.1])
+    for guidance in (1.0, 2.5):
+        with torch.no_grad():
+            together = policy.velocity(x, sigma_B, condition, guidance)
+            alone = torch.cat([policy.velocity(x[i : i + 1], sigma_B[i], condition[slice(i, i + 1)], guidance) for i in range(4)])
+        assert together.dtype == torch.float32 and together.shape == x.shape
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_become_latents_and_come_back(policy: Any) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
+    latents = policy.encode_pixels(images)
+    assert latents.shape == (3, *policy.latent_shape(28, 28)) and latents.dtype == torch.float32
+    assert latents.isfinite().all() and not torch.equal(latents[0], latents[1])
+    assert policy.decode(latents).shape == images.shape
     with pytest.raises(ValueError, match="multiples of"):
-        policy.latent_shape(30, 28)
+        policy.encode_pixels(images[:, :27])
 
 
 def test_a_missing_policy_is_said() -> None:
-    with pytest.raises(FileNotFoundError, match="diffusers folder"):
-        resolve("policy", "sd3").load("world/polisy")
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
-        resolve("policy", "sd3").load(WORLD.parent / "detector")
+    for name in REGISTRY["policy"]:
+        with pytest.raises(FileNotFoundError, match="diffusers folder"):
+            resolve("policy", name).load("world/polisy")
+        with pytest.raises(FileNotFoundError, match="model_index.json"):
+            resolve("policy", name).load(WORLD.parent / "detector")
+
+
+def test_a_pipeline_of_another_family_names_the_right_one(folders: dict[str, Path]) -> None:
+    for name in REGISTRY["policy"]:
+        for other in REGISTRY["policy"].keys() - {name}:
+            with pytest.raises(ValueError, match=rf"this is \w+Pipeline: use policy.use={other}$"):
+                resolve("policy", name).load(folders[other])
 
 
 def test_full_fine_tuning_and_fingerprints() -> None:
