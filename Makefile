@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-judges bench-serving soak world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-judges bench-serving soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -40,6 +40,9 @@ bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ra
 
 soak: setup ## ten minutes of load, faults and new weights on a service; ARGS="--seconds 60"
 	@$(BIN)/python -m bench.soak $(ARGS)
+
+kill-test: setup ## thirty kills of a training run at random moments, each of a fresh process; ARGS=-s shows them
+	@VERISM_KILLS=$${VERISM_KILLS-30} $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kill.py $(ARGS)
 
 world: setup ## make the small world's weights anew
 	@$(BIN)/python -m world.make $(ARGS)

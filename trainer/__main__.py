@@ -1,10 +1,13 @@
-"""`verism-train RECIPE key=value ...` trains a policy; `verism-eval RUN` looks at what came out, `verism-eval arena` at two folders."""
+"""`verism-train RECIPE key=value ...` trains a policy, `verism-train export RUN` gives it away; `verism-eval RUN` looks at what came out,
+`verism-eval arena` at two folders.
+"""
 
 import argparse
+import errno
 import json
 import signal
 import sys
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +28,7 @@ from rich.table import Table
 from shared import arena
 from shared.errors import VerismError
 from trainer import checkpoint
-from trainer.config import ConfigError, RunConfig, dump, load, recipe_names
+from trainer.config import ConfigError, RunConfig, Stopped, dump, load, recipe_names
 
 TRAIN_HELP = """\
 start the services first (`make serve`), then:
@@ -33,10 +36,26 @@ start the services first (`make serve`), then:
   verism-train world steps=40 optim.lr=1e-4                 any key of the recipe, dotted
   verism-train world rewards.detector.url=http://gpu3:8001  a service somewhere else
   verism-train world --resume                               go on after Ctrl-C, a crash or an alarm
-  verism-train my.yaml --dry-run                            check everything, print the configuration, train nothing
+  verism-train my.yaml --dry-run                            what it will cost; no service has to be there
+  verism-train export runs/world --format diffusers --out F the adapter for others' tools
 
 The run folder (runs/NAME) holds config.yaml, metrics.jsonl, grids/, checkpoints/, adapter/ (diffusers LoRA) and tb/
 (`tensorboard --logdir runs`). Ctrl-C finishes the step, saves and exits; twice exits at once.
+
+Killed at any moment, a run goes on with --resume to the same numbers. Keys worth knowing:
+  sampling.micro_batch=auto            as many pictures a pass as memory takes, found at the start
+  checkpoint_best=heldout:NAME         the best checkpoint by a reward of weight 0 or a monitor, instead of the distance
+  alarm.action=rollback                when the reward is hacked: back to the best weights, at half the learning rate
+  reward_outage_s=600                  how long a step waits for services that do not answer
+Exit status: 0 done, 1 stopped early and saved (the message says why), 2 could not start, 130 interrupted and saved.
+"""
+EXPORT_HELP = """\
+  verism-train export runs/world --out world.safetensors --format comfyui   for ComfyUI's LoRA loader
+  verism-train export runs/world --out world/ --format diffusers            a folder for load_lora_weights
+  verism-train export runs/world --out step20/ --step 20                    another checkpoint than the best
+
+Takes the average of the weights, as evaluations do. No service has to be there. A run that trained all weights has no adapter: diffusers
+format then is its whole transformer.
 """
 EVAL_HELP = """\
   verism-eval runs/world                  the run's best checkpoint
@@ -64,14 +83,17 @@ gets the one in VERISM_API_KEY. A judge without a service, or a remote one with 
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """`verism-train`; exit status 0 done, 1 stopped for want of scores, 2 cannot start, 130 interrupted and saved."""
+    """`verism-train`, and `verism-train export`; exit status 0 done, 1 stopped early, 2 cannot start, 130 interrupted and saved."""
+    told = list(sys.argv[1:] if argv is None else argv)
+    if told[:1] == ["export"]:  # a recipe of that name is ./export.yaml
+        return _export(told[1:])
     parser = _parser("verism-train", "Train an image policy by GRPO against reward services.", TRAIN_HELP)
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the configuration and stop")
-    args = parser.parse_intermixed_args(argv)
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and what it will cost, and stop")
+    args = parser.parse_intermixed_args(told)
     console = Console()
     return _guarded(console, lambda: _train(args, console))
 
@@ -94,6 +116,33 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(told)
     console = Console()
     return _guarded(console, lambda: _evaluate(args, console))
+
+
+def _export(argv: Sequence[str]) -> int:
+    """Exit status 0 done, 2 cannot."""
+    parser = _parser("verism-train export", "Write a run's adapter in a format that other tools read.", EXPORT_HELP)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers", help="default: diffusers")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for diffusers, a file for comfyui; must be new")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the best")
+    args = parser.parse_args(argv)
+    console = Console()
+
+    def work() -> int:
+        if not (args.run / "config.yaml").is_file():
+            raise ConfigError(f"{args.run} is no run folder: config.yaml is missing; give the folder that verism-train wrote")
+        if args.out.exists():
+            raise ConfigError(f"{args.out} is there already; give another --out, or remove it")
+        step = args.step if args.step is not None else _best(args.run)
+        if step not in checkpoint.steps(args.run):
+            raise ConfigError(f"no checkpoint after step {step} in {args.run}; there are {checkpoint.steps(args.run)}")
+        from trainer import loop
+
+        loop.export(load(str(args.run / "config.yaml")), args.run, step, args.format, args.out)
+        console.print(f"{args.out}: {args.format}, step {step}", soft_wrap=True)
+        return 0
+
+    return _guarded(console, work)
 
 
 def _arena(argv: Sequence[str]) -> int:
@@ -189,11 +238,18 @@ def _guarded(console: Console, work: Callable[[], int]) -> int:
     except (ConfigError, checkpoint.CheckpointError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        console.print(
+            f"error: {error}: make room, or choose another folder", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        return 2
     except RuntimeError as error:
-        if type(error).__name__ not in ("NoService", "GaveUp"):
+        if not isinstance(error, Stopped) and type(error).__name__ != "NoService":
             raise
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1 if type(error).__name__ == "GaveUp" else 2
+        return 1 if isinstance(error, Stopped) else 2
 
 
 def _train(args: argparse.Namespace, console: Console) -> int:
@@ -209,9 +265,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     from trainer import loop  # torch loads only once the command line is right
 
     if args.dry_run:
-        loop.read_prompts(config.prompts)
-        console.print(dump(config), markup=False, highlight=False, soft_wrap=True)
-        return 0
+        return _dry_run(console, config, folder)
     run = loop.Run(config, folder, resume=args.resume)
     try:
         console.print(
@@ -231,13 +285,29 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _dry_run(console: Console, config: RunConfig, folder: Path) -> int:
+    console.print(dump(config), markup=False, highlight=False, soft_wrap=True)
+    from trainer import loop, plan
+
+    services = plan.answering(config.rewards)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = loop.Run(config, Path(scratch), services=False)
+        run.folder = folder  # whose disk counts
+        try:
+            console.print(plan.table(run, services), markup=False, highlight=False)
+        finally:
+            run.close()
+    if missing := [name for name, state in services.items() if state.startswith("MISSING")]:
+        console.print(f"start the services of {', '.join(missing)} before training, e.g. `make serve`", soft_wrap=True)
+    return 0
+
+
 def _estimate(run: Any) -> str:
-    """Cost of the whole run, from the groups of one timed micro-batch: sampled steps, and about three times as much per trained one."""
-    c, start = run.config, time.monotonic()
-    run.accept()
-    s, w = c.sampling, c.sampling.window
+    """Cost of the whole run, from the trajectory that was checked at the start: sampled steps, about three times as much per trained one."""
+    c = run.config
+    s, w = c.sampling, c.sampling.window or 0
     groups = max(1, min(c.group.prompts, s.micro_batch // c.group.size))
-    unit = (time.monotonic() - start) / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
+    unit = run.accepted_s / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
     passes = s.steps + w * (4 if c.kl.weight > 0 else 3)
     step = unit * passes * c.group.size * c.group.prompts
     evaluation = unit * c.eval.steps * c.eval.samples * (1 if c.eval.guidance == 1 else 2)
@@ -302,9 +372,13 @@ class _Screen:
             )
             if not self.profiled:
                 self.profiled = True
-                self._print(_profile(line))
+                from trainer.profile import words  # loaded with the loop
+
+                self._print(words(line))
             if line["skipped"]:
                 self._print(f"step {line['step']}: nothing was scored, the policy stays as it is: {line['failures']}")
+        elif line["kind"] == "note":
+            self._print(f"after step {line['step']}: {line['text']}")
         elif line["kind"] == "eval":
             self._print(f"evaluation after step {line['step']}: {_short(line, _shown(line))}")
         else:
@@ -321,13 +395,6 @@ class _Screen:
 
     def _print(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _profile(line: dict[str, Any]) -> str:
-    parts = {key: line[f"seconds/{key}"] for key in ("sample", "wait", "train")}
-    whole = sum(parts.values())
-    shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
-    return f"first step: {whole:.1f} s ({shares}; wait is for rewards)"
 
 
 def _shown(line: dict[str, Any]) -> list[str]:

@@ -207,7 +207,10 @@ UNBOUND = (
     *("name", "description", "steps", "device", "eval", "alarm", "reward_timeout_s", "reward_outage_s", "max_unscored_steps"),
     *("checkpoint_every", "checkpoint_keep", "checkpoint_best"),
 )
-FREE = ("sampling.micro_batch",)  # another one rounds differently, and learns the same: allowed, with a warning
+FREE = (
+    "sampling.micro_batch",
+    "policy.gradient_checkpointing",
+)  # no other task, though other windows and rounding: allowed, and told
 
 
 def training(config: RunConfig) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def check(saved: Saved, *, fingerprint: str, config: Mapping[str, Any], sigmas_h
             f"the checkpoint belongs to another configuration: {'; '.join(bound)}. Undo that, or take another --run-dir."
         )
     if changes:
-        told.append(f"{'; '.join(changes.values())}: the numbers from here on are those of the new one, to rounding")
+        told.append(f"{'; '.join(changes.values())}: from here on the numbers are not those that the run would have had")
     if meta["sigmas_hash"] != sigmas_hash:
         raise CheckpointError("the noise schedule differs from the checkpoint's: another diffusers version or scheduler config?")
     return told

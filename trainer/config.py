@@ -440,11 +440,11 @@ class RunConfig(Frozen):
     sampling: SamplingConfig = SamplingConfig()
     group: GroupConfig = GroupConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
-    reward_timeout_s: float = Field(default=120.0, gt=0)
+    reward_timeout_s: float = Field(default=120.0, gt=0, description="longest wait for the answer to one request")
     reward_outage_s: float = Field(
         default=300.0,
         ge=0,
-        description="a step waits so long for services that do not answer, and then goes on without their scores",
+        description="so long after its request a step waits for a service that does not answer, and then goes on without its scores",
     )
     max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
     advantages: AdvantageConfig = AdvantageConfig()

@@ -5,6 +5,7 @@ Everything random is a function of (seed, step), so a killed run that resumes fr
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -72,7 +73,7 @@ class Run:
         self.sampler.config = config
         self.learner = Learner(self.policy, config)
         self.weights = self.learner.weights
-        self.stateful: dict[str, checkpoint.Stateful] = {}  # what else a checkpoint carries: registered here, before it is read
+        self.stateful = self.parts()
         self.gate = gate_of(config)
         if self.gate is not None:
             self.stateful["gardo"] = self.gate
@@ -86,7 +87,9 @@ class Run:
             start = time.monotonic()
             self.accept()
             self.accepted_s = time.monotonic() - start
-        self.scorer: Scorer = Scorer(config.rewards, config.reward_timeout_s) if services else cast(Any, None)
+        self.scorer: Scorer = (
+            Scorer(config.rewards, config.reward_timeout_s, config.reward_outage_s) if services else cast(Any, None)
+        )
         if services:
             check(config, self.scorer)
         known = {name: info.version for name, info in self.scorer.infos.items()} if services else {}
@@ -98,6 +101,10 @@ class Run:
             (folder / "config.yaml").write_text(dump(config))
             checkpoint.write_json(folder / "versions.json", self._versions())
             (folder / "done.json").unlink(missing_ok=True)
+
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """What changes in a run beside the learner, by the name under which a checkpoint carries it."""
+        return {}
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -350,7 +357,7 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[
     def note(text: str) -> None:
         tell({"kind": "note", "step": run.done, "text": text})
 
-    run.metrics.warn = note
+    run.metrics.warn = run.scorer.patient.waiting = note
     try:
         return _train(run, stop, tell, note)
     except (RuntimeError, MemoryError) as error:
@@ -436,6 +443,24 @@ def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[st
             return run.measure()
         finally:
             run.close()
+
+
+def export(config: RunConfig, run_folder: Path, step: int, kind: str, out: Path) -> None:
+    """The adapter of a checkpoint, through the average of its weights, as `kind` (diffusers or comfyui) in `out`; no service is asked."""
+    if kind != "diffusers" and importlib.util.find_spec("trainer.export") is None:
+        raise ConfigError(f"--format {kind} is not there yet; --format diffusers is")
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(config, Path(scratch), services=False, accept=False)
+        try:
+            run.adopt(checkpoint.folder_of(run_folder, step))
+            _adapter(run)
+        finally:
+            run.close()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "diffusers":
+            shutil.copytree(run.folder / "adapter", out)
+        else:
+            importlib.import_module("trainer.export").export_adapter(run.folder, out, kind)
 
 
 def _after(run: Run, tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:

@@ -117,7 +117,8 @@ def advice(config: RunConfig, what: str, error: BaseException) -> str:
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (
         f"memory ran out in {what} with sampling.micro_batch={own} ({first}). The last checkpoint stands: go on with "
-        f"`{less} --resume`; the numbers stay those of the old size to rounding. Also smaller: policy.gradient_checkpointing=true."
+        f"`{less} --resume`; groups then share fewer windows, and the numbers go another way from there. "
+        "Also smaller: policy.gradient_checkpointing=true."
     )
 
 
@@ -162,11 +163,11 @@ def choose(measure: Callable[[int], int | None], budget: float, most: int, group
 
 
 def _expected(took: dict[int, int], size: int) -> float:
-    """Bytes at `size` on the line through the two largest that were tried; through zero where there is one."""
+    """Bytes at `size` on the line through the two largest that were tried; one alone says nothing of larger ones."""
     if size in took:
         return took[size]
     *before, last = sorted(took)
-    slope = (took[last] - took[before[-1]]) / (last - before[-1]) if before else took[last] / last
+    slope = (took[last] - took[before[-1]]) / (last - before[-1]) if before else 0.0
     return took[last] + max(slope, 0.0) * (size - last)
 
 

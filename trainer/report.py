@@ -304,6 +304,8 @@ def training(record: Record) -> list[tuple[str, bytes]]:
         out.append((title, _png(figure)))
     parts = [
         ("seconds/sample", "sampling", BLUE),
+        ("seconds/decode", "decoding", "#56b4e9"),
+        ("seconds/encode", "text encoding", GREY),
         ("seconds/wait", "waiting for rewards", ORANGE),
         ("seconds/train", "training", "#009e73"),
     ]

@@ -18,6 +18,7 @@ from shared.client import CompareTable, RequestFailed, RewardClientSync, ScoreTa
 from shared.errors import ServiceUnreachable
 from shared.schema import RewardInfo
 from trainer.config import ConfigError, RewardConfig
+from trainer.outage import Patient
 
 
 class NoService(RuntimeError):
@@ -60,7 +61,7 @@ class Scorer:
     `single_R` is False for win rates: they say which picture of a group is better, and nothing across groups or evaluations.
     """
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], timeout_s: float) -> None:
+    def __init__(self, rewards: Mapping[str, RewardConfig], timeout_s: float, outage_s: float = 0.0) -> None:
         urls = {name: r.url for name, r in rewards.items()}
         self.names, self._rewards = tuple(rewards), dict(rewards)
         self.infos = _infos(urls, timeout_s)
@@ -72,7 +73,7 @@ class Scorer:
         signs = [1.0 if self.infos[name].higher_is_better else -1.0 for name in self.names]
         self.signs_R = torch.tensor(signs, dtype=torch.float64)
         self.weights_R = torch.tensor([r.weight for r in rewards.values()], dtype=torch.float64)
-        self._client = RewardClientSync(urls, timeout_s=timeout_s)
+        self._client = self.patient = Patient(RewardClientSync(urls, timeout_s=timeout_s), outage_s)
         self._threads = ThreadPoolExecutor(64, "compare") if self._pairwise else None  # each waits for one answer
 
     def submit(self, images: NDArray[np.uint8], prompts: Sequence[str], groups: Sequence[str]) -> Pending:

@@ -1,4 +1,4 @@
-"""A reward service whose faults a test chooses: real HTTP and the real wire format, scores from the pixels' mean."""
+"""A reward service whose faults a test chooses: real HTTP and the real wire format. `brightness` is the pixels' mean, `darkness` the rest."""
 
 import json
 import threading
@@ -23,16 +23,21 @@ class Service:
     requests: list[int] = field(default_factory=list)
 
 
-def _scores(items: list[dict[str, object]], fault: str) -> list[dict[str, object]]:
+def _scores(items: list[dict[str, object]], names: list[str], fault: str) -> list[dict[str, object]]:
     out = []
     for n, item in enumerate(items):
         data = item["image"]["data"]  # type: ignore[index]
-        score: dict[str, object] = {"status": "ok", "value": sum(data) / len(data) / 255}
-        if fault == "nan":
-            score["value"] = float("nan")
-        if fault == "some" and n % 2:
-            score = {"status": "error", "error": {"type": "urn:verism:broken", "title": "broken for the test"}}
-        out.append({"id": item["id"], "scores": {"brightness": score}})
+        brightness = sum(data) / len(data) / 255
+        scores: dict[str, dict[str, object]] = {
+            name: {"status": "ok", "value": brightness if name == "brightness" else 1 - brightness} for name in names
+        }
+        for score in scores.values():
+            if fault == "nan":
+                score["value"] = float("nan")
+            if fault == "some" and n % 2:
+                score.clear()
+                score.update({"status": "error", "error": {"type": "urn:verism:broken", "title": "broken for the test"}})
+        out.append({"id": item["id"], "scores": scores})
     return out
 
 
@@ -55,7 +60,7 @@ def serve(fault: str = "") -> Iterator[Service]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            info = {"rewards": [{"name": "brightness", "range": [0, 1]}]}
+            info = {"rewards": [{"name": name, "range": [0, 1]} for name in ("brightness", "darkness")]}
             self._answer(200, "application/json", json.dumps(info).encode())
 
         def do_POST(self) -> None:
@@ -70,8 +75,8 @@ def serve(fault: str = "") -> Iterator[Service]:
             service.pictures += len(request["items"])
             answer = {
                 "request_id": request["request_id"],
-                "rewards": {"brightness": {"version": 1, "preprocessing": "none"}},
-                "items": _scores(request["items"], service.fault),
+                "rewards": {name: {"version": 1, "preprocessing": "none"} for name in request["rewards"]},
+                "items": _scores(request["items"], request["rewards"], service.fault),
             }
             self._answer(200, wire.MSGPACK, msgspec.msgpack.encode(answer))
             return None
@@ -105,6 +110,7 @@ def recipe(url: str, **changes: object) -> dict[str, object]:
         "eval": {"every": 2, "samples": 4, "steps": 4, "grid": 4},
         "alarm": {"action": "off"},
         "checkpoint_every": 2,
+        "reward_outage_s": 0,
         "device": "cpu",
         "steps": 4,
         **changes,

@@ -59,6 +59,7 @@ def test_the_learning_rate_falls_along_a_cosine() -> None:
 
 
 def test_changes_may_stand_before_and_after_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(["world", "seed=3", "--dry-run", "steps=7"]) == 0
+    small = ["group.prompts=1", "sampling.micro_batch=4", "sampling.steps=7", "eval.monitors=null"]
+    assert train(["world", "seed=3", *small, "--dry-run", "steps=7"]) == 0
     shown = capsys.readouterr().out
     assert "seed: 3" in shown and "steps: 7" in shown
