@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-judges bench-serving soak kill-test world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-judges bench-serving bench-trainer soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -37,6 +37,9 @@ bench-judges: setup ## judges over HTTP against a plain loop and vLLM's own batc
 bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ray Serve; ARGS=--quick takes 3 minutes
 	@$(BIN)/python -m bench.peers.environment
 	@$(BIN)/python -m bench.serving $(ARGS)
+
+bench-trainer: setup ## a training step against the published scripts' loop, 15 minutes; ARGS=--quick takes one
+	@$(BIN)/python -m bench trainer $(ARGS)
 
 soak: setup ## ten minutes of load, faults and new weights on a service; ARGS="--seconds 60"
 	@$(BIN)/python -m bench.soak $(ARGS)

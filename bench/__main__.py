@@ -1,4 +1,4 @@
-"""Run benchmarks: `make bench`, or `python -m bench http --rounds 5`."""
+"""Run benchmarks: `make bench`, `python -m bench http --rounds 5`, `python -m bench trainer --quick`."""
 
 import argparse
 import sys
@@ -7,6 +7,10 @@ from bench import http
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["trainer"]:
+        from bench import trainer  # it has options of its own
+
+        return trainer.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "name", nargs="?", choices=["http"], default="http", help="http: the detector through HTTP against a plain loop"
