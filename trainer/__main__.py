@@ -5,6 +5,7 @@
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -94,7 +95,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and what it will cost, and stop")
     args = parser.parse_intermixed_args(told)
-    console = Console()
+    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
     return _guarded(console, lambda: _train(args, console))
 
 
@@ -255,18 +256,20 @@ def _guarded(console: Console, work: Callable[[], int]) -> int:
 def _train(args: argparse.Namespace, console: Console) -> int:
     config = load(args.recipe, args.overrides)
     folder: Path = args.run_dir or Path("runs") / config.name
-    if (folder / "metrics.jsonl").exists() and not args.resume and not args.dry_run:
+    first = int(os.environ.get("RANK", "0")) == 0  # of several ranks: the others would see what it has just written
+    if first and (folder / "metrics.jsonl").exists() and not args.resume and not args.dry_run:
         raise ConfigError(f"{folder} already holds a run: go on with --resume, choose --run-dir, or remove it")
     if args.resume and not args.dry_run and (folder / "done.json").exists():
         done = json.loads((folder / "done.json").read_text())
         if done["reason"] == "finished" and checkpoint.steps(folder)[-1] >= config.steps:
             console.print(f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True)
             return 0
-    from trainer import loop  # torch loads only once the command line is right
+    from trainer import loop, parallel  # torch loads only once the command line is right
 
     if args.dry_run:
         return _dry_run(console, config, folder)
-    run = loop.Run(config, folder, resume=args.resume)
+    world = parallel.start(config.parallel.timeout_s, config.device)
+    run = loop.Run(config, folder, resume=args.resume, world=world)
     try:
         console.print(
             f"{folder}: {'resumed after' if run.done else 'starting at'} step {run.done} of {config.steps}",
@@ -277,6 +280,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
             reason = loop.train(run, stop=stop, tell=screen)
     finally:
         run.close()
+        world.close()
     if reason == "interrupted":
         console.print(f"saved in {folder}; go on with --resume", soft_wrap=True)
         return 130

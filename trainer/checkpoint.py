@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import RunConfig
+from trainer.sharding import like
 
 
 class CheckpointError(RuntimeError):
@@ -72,8 +73,7 @@ def unflatten(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], fla
     """Put back what `flatten` took."""
     for path, value in flat.items():
         name, _, key = path.rpartition("/")
-        value = value.clone() if key == "step" else value.to(names[name].device).clone()
-        optimizer.state[names[name]][key] = value
+        optimizer.state[names[name]][key] = value.clone() if key == "step" else like(value, names[name]).clone()
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
@@ -204,7 +204,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 UNBOUND = (
-    *("name", "description", "steps", "device", "eval", "alarm", "reward_timeout_s", "reward_outage_s", "max_unscored_steps"),
+    *(
+        "name",
+        "description",
+        "steps",
+        "device",
+        "eval",
+        "alarm",
+        "parallel",
+        "reward_timeout_s",
+        "reward_outage_s",
+        "max_unscored_steps",
+    ),
     *("checkpoint_every", "checkpoint_keep", "checkpoint_best"),
 )
 FREE = (

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.schema import MAX_ITEMS, MAX_PAIRS, pairs_of
+from trainer.losses.clips import clip_range
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -349,28 +350,130 @@ class GardoConfig(Frozen):
         return self
 
 
-class LossConfig(Frozen):
-    """A clip range belongs to a (kind of step, loss) pair: log-probabilities are means over dimensions."""
+# Losses on clean pictures noised again; the others are on the steps of a window.
+FORWARD = ("awm", "crd", "dgpo", "dpo", "nft", "rft")
+# What each loss reads besides `use`.
+LOSS_READS: dict[str, tuple[str, ...]] = {
+    "grpo": ("clip_low", "clip_high"),
+    "guard": ("clip_low", "clip_high"),
+    "nft": (
+        "beta",
+        "largest",
+        "times",
+        "time_from",
+        "shared_noise",
+        "old",
+        "old_decay",
+        *("marble_every", "marble_smooth", "marble_unit"),
+    ),
+    "awm": ("clip_low", "clip_high", "times", "time_from", "time_weight", "shared_noise", "old", "old_decay"),
+    "dpo": ("beta", "times", "time_from"),
+    "dgpo": ("beta", "times", "time_from"),
+    "crd": ("beta", "largest", "times", "time_from", "shared_noise", "old", "old_decay"),
+    "rft": ("keep", "keep_above", "real", "real_share", "times", "time_from", "shared_noise"),
+}
 
-    use: Literal["grpo", "guard"] = "grpo"
-    clip_low: float = Field(default=1e-3, gt=0)
-    clip_high: float = Field(default=1e-3, gt=0)
+
+class LossConfig(Frozen):
+    """What is learned from a picture and its advantage. grpo and guard learn from the steps of the window; the others from the picture
+    alone, noised again, so that any solver may draw it (sampling.window=null)."""
+
+    use: Literal["awm", "crd", "dgpo", "dpo", "grpo", "guard", "nft", "rft"] = Field(
+        default="grpo", description="the loss; docs/training.md compares them"
+    )
+    clip_low: float | None = Field(
+        default=None,
+        gt=0,
+        description="grpo, guard, awm: how far the ratio may fall; null is published for this loss and kind of step",
+    )
+    clip_high: float | None = Field(default=None, gt=0, description="grpo, guard, awm: how far the ratio may rise")
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        description="nft 1 (0.1 is bolder), dpo 2000, dgpo 100, crd 1: null is that; its meaning is the loss's own",
+    )
+    largest: float = Field(default=5.0, gt=0, description="nft, crd: the advantage at which a picture is good for certain")
+    times: int = Field(default=4, ge=1, description="times at which each picture is noised again, one pass each")
+    time_from: Literal["schedule", "uniform"] = Field(
+        default="schedule", description="times of the sampler's own steps without the last, none twice; or any, spread evenly"
+    )
+    time_weight: Literal["uniform", "t", "t2", "huber"] = Field(
+        default="uniform", description="awm: weight of an error by its time"
+    )
+    shared_noise: bool | None = Field(
+        default=None, description="members of a group share noise and times; null is what the loss needs (dgpo, dpo, crd: true)"
+    )
+    old: Literal["last", "ema"] = Field(
+        default="last",
+        description="nft, awm, crd: the old policy is the one of the step's start, or a slow average that then also draws the pictures",
+    )
+    old_decay: Literal[1, 2] = Field(
+        default=1, description="ema: 1 keeps up to half of the old policy, rising slowly; 2 none for 75 updates, then up to 0.999"
+    )
+    keep: float | None = Field(default=None, gt=0, le=1, description="rft: share of each group that is learned from, the best")
+    keep_above: float | None = Field(default=None, description="rft: learn from pictures whose advantage is above this instead")
+    real: Path | None = Field(default=None, description="rft: real pictures: a folder, a JSONL file or an npz")
+    real_share: float = Field(default=0.0, ge=0, lt=1, description="rft: weight of the real pictures in the loss")
+    marble_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="nft: mix the rewards' gradients to the shortest, weighed anew every so many steps; null sums rewards",
+    )
+    marble_smooth: float = Field(default=0.9, ge=0, lt=1, description="share of the earlier weights that stays")
+    marble_unit: bool = Field(default=True, description="weigh gradients by their directions alone, not by their lengths")
+
+    @model_validator(mode="after")
+    def _belongs(self) -> "LossConfig":
+        for name, about in type(self).model_fields.items():
+            if name != "use" and name not in LOSS_READS[self.use] and getattr(self, name) != about.default:
+                users = ", ".join(use for use, names in LOSS_READS.items() if name in names)
+                raise ValueError(f"{name} is nothing that loss.use={self.use} reads (only {users}): remove it")
+        if self.use == "rft" and (self.keep is None) == (self.keep_above is None):
+            raise ValueError("rft learns from the better pictures: set one of loss.keep, e.g. 0.25, and loss.keep_above, e.g. 0")
+        if (self.real is None) != (self.real_share == 0):
+            raise ValueError("loss.real and loss.real_share go together: set both, e.g. real_share=0.2, or neither")
+        return self
 
 
 class KLConfig(Frozen):
-    use: Literal["v_kl", "x_kl"] = "v_kl"
-    weight: float = Field(default=0.0, ge=0)
+    """How the policy is held near a reference."""
+
+    use: Literal["v_kl", "x_kl"] = Field(
+        default="v_kl", description="difference of velocities, or of the means of a window's step over 2 g^2"
+    )
+    weight: float = Field(default=0.0, ge=0, description="0 is none; published: 0.04 x_kl, 4e-4 v_kl, 1e-4 for nft")
+    reference: Literal["initial", "adaptive"] = Field(
+        default="initial", description="the policy before training, or (GARDO) one that becomes the present policy now and then"
+    )
+    reset_above: float | None = Field(
+        default=None, gt=0, description="adaptive: when a step's KL is above this (GARDO: 3e-4 for grpo)"
+    )
+    reset_every: int | None = Field(default=None, ge=1, description="adaptive: when so many steps have passed (GARDO: 15)")
+
+    @model_validator(mode="after")
+    def _when(self) -> "KLConfig":
+        never = self.reset_above is None and self.reset_every is None
+        if self.reference == "adaptive" and never:
+            raise ValueError("kl.reference=adaptive needs to know when: set kl.reset_every, e.g. 15, or kl.reset_above")
+        if self.reference == "initial" and not never:
+            raise ValueError("kl.reset_above and reset_every move an adaptive reference: set kl.reference=adaptive")
+        return self
 
 
 class OptimConfig(Frozen):
-    lr: float = Field(default=3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The optimiser, AdamW."""
+
+    lr: float = Field(default=3e-4, gt=0, description="learning rate of AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="memory of AdamW's moments")
+    weight_decay: float = Field(default=1e-4, ge=0, description="pull of every weight to 0")
+    eps: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="a longer gradient is shortened to this")
     updates: int = Field(default=1, ge=1, description="optimiser steps per rollout; above 1 the clip range starts to matter")
     final_lr: float = Field(default=1.0, gt=0, le=1, description="share of lr that is left after lr_steps, along a cosine")
     lr_steps: int | None = Field(default=None, ge=1, description="steps of the cosine; null keeps lr constant")
+    max_bad_updates: int = Field(
+        default=5, ge=1, description="stop after so many updates in a row whose gradient was no number; each is skipped"
+    )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -427,6 +530,15 @@ class AlarmConfig(Frozen):
     rollback_lr: float = Field(default=0.5, gt=0, le=1, description="rollback: the learning rate is multiplied by this each time")
 
 
+class ParallelConfig(Frozen):
+    """Several ranks, as torchrun starts them."""
+
+    timeout_s: float = Field(default=900.0, gt=0, description="a rank that waits longer for the others ends with an error")
+    shard: bool = Field(
+        default=False, description="FSDP2: each rank holds its part of the network's weights, and fetches the others block by block"
+    )
+
+
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -455,6 +567,7 @@ class RunConfig(Frozen):
     ema: EMAConfig = EMAConfig()
     eval: EvalConfig = EvalConfig()
     alarm: AlarmConfig = AlarmConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints; every evaluation makes one too")
     checkpoint_keep: int = Field(default=2, ge=1, description="newest ones kept; the best is kept besides")
     checkpoint_best: str = Field(
@@ -467,7 +580,7 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         s = self.sampling
-        if s.window is None and self.loss.use in ("grpo", "guard"):
+        if s.window is None and self.loss.use not in FORWARD:
             raise ValueError(f"loss.use={self.loss.use} learns from the steps of a window: give sampling.window a number")
         copies = s.copies(self.group.size)
         if self.group.size % copies or copies > self.group.size:
@@ -481,9 +594,37 @@ class RunConfig(Frozen):
             raise ValueError(f"checkpoint_best={self.checkpoint_best} needs a reward of that name with weight=0, or eval.monitors")
         if self.optim.final_lr < 1 and self.optim.lr_steps is None:
             raise ValueError("optim.final_lr needs optim.lr_steps: over how many steps should the learning rate fall?")
-        if self.loss.use == "guard" and s.kind != "sde":
-            raise ValueError("loss.use=guard is defined for sampling.kind=sde only")
         return self
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> "RunConfig":
+        loss, s = self.loss, self.sampling
+        self.clip_range()
+        if loss.use in FORWARD:
+            if self.kl.use == "x_kl" and self.kl.weight > 0:
+                raise ValueError(f"kl.use=x_kl compares steps, and loss.use={loss.use} takes none: set kl.use=v_kl")
+            if s.guided_steps is not None:
+                raise ValueError(f"loss.use={loss.use} learns at all times with one guidance: leave sampling.guided_steps away")
+            if loss.time_from == "schedule" and loss.times > max(1, int(0.99 * s.steps)):
+                raise ValueError(
+                    f"loss.times={loss.times}, but {s.steps} steps have {max(1, int(0.99 * s.steps))} times to learn at: lower it, raise "
+                    "sampling.steps, or set loss.time_from=uniform"
+                )
+        if loss.marble_every is not None and not self.advantages.per_reward:
+            raise ValueError("loss.marble_every mixes the rewards' own advantages: set advantages.per_reward=true")
+        if loss.marble_every is not None and sum(r.weight > 0 for r in self.rewards.values()) < 2:
+            raise ValueError("loss.marble_every weighs several rewards against each other: give two of them a weight")
+        if self.kl.reference == "adaptive" and self.kl.weight == 0 and (self.kl.reset_above or loss.use not in ("dgpo", "dpo")):
+            raise ValueError("kl.reference=adaptive moves what the KL holds to, and there is none: set kl.weight, e.g. 0.04")
+        if self.gardo.gate and loss.use in ("dpo", "rft"):
+            raise ValueError(
+                f"gardo.gate holds back single samples, and loss.use={loss.use} takes some of them only: use another loss"
+            )
+        return self
+
+    def clip_range(self) -> tuple[float, float] | None:
+        """(low, high) of the ratio: as given, else as published for this loss and kind of step; None for losses that do not clip."""
+        return clip_range(self.loss.use, self.sampling.kind, self.loss.clip_low, self.loss.clip_high)
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> "RunConfig":

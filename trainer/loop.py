@@ -24,11 +24,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from trainer import alarm, checkpoint, memory
+from trainer import alarm, checkpoint, memory, parallel, sharding
 from trainer.advantages.aggregate import aggregate, check, features_for, gate_of
-from trainer.config import ConfigError, PromptsConfig, RunConfig, Stopped, dump
-from trainer.learning import Learner
+from trainer.config import FORWARD, ConfigError, ParallelConfig, PromptsConfig, RunConfig, Stopped, dump
+from trainer.learning import Learner, rows_of
 from trainer.metrics import Metrics, read
+from trainer.parallel import ALONE, World
 from trainer.profile import Profile
 from trainer.registry import resolve
 from trainer.regularizers.gardo import together
@@ -57,21 +58,26 @@ class Run:
         *,
         services: bool = True,
         accept: bool = True,
-        quiet: bool = False,
+        world: World = ALONE,
     ) -> None:
         """Whatever cannot work is refused before a service is asked. Without `services` nothing can be scored (a dry run); without `accept`
-        the first trajectory is not checked (a look at a checkpoint); `quiet` writes nothing (all ranks but the first).
+        the first trajectory is not checked (a look at a checkpoint). Of a `world` only rank 0 writes.
         """
-        self.folder, self.quiet = folder, quiet
+        self.folder, self.world, self.quiet = folder, world, world.rank > 0
+        if world.device is not None:
+            config = config.model_copy(update={"device": world.device})
         self.told: list[str] = []  # what a resumed run has to say
         self.prompts = read_prompts(config.prompts)
         self.policy = load_policy(config)
+        if config.parallel.shard and services:
+            sharding.shard(self.policy, config, world.size)
         self.sampler = Sampler(self.policy, config)
         folder.mkdir(parents=True, exist_ok=True)
         texts = [prompt.text for prompt in self.prompts[0]]
-        self.config = config = memory.fitted(config, self.policy, texts, self.sampler.shape, folder, known=resume)
+        config = memory.fitted(config, self.policy, texts, self.sampler.shape, folder, known=resume)
+        self.config = config = parallel.agreed(world, config)
         self.sampler.config = config
-        self.learner = Learner(self.policy, config)
+        self.learner = Learner(self.policy, config, world)
         self.weights = self.learner.weights
         self.stateful = self.parts()
         self.gate = gate_of(config)
@@ -96,8 +102,8 @@ class Run:
         self.versions = known | self.versions
         self.monitors = load_monitors(config)
         self.features = features_for(config, self.monitors)  # of gardo.diversity
-        self.metrics = Metrics(folder, resume_at=self.done if resumed else None, quiet=quiet)
-        if not quiet:
+        self.metrics = Metrics(folder, resume_at=self.done if resumed else None, quiet=self.quiet)
+        if not self.quiet:
             (folder / "config.yaml").write_text(dump(config))
             checkpoint.write_json(folder / "versions.json", self._versions())
             (folder / "done.json").unlink(missing_ok=True)
@@ -116,21 +122,24 @@ class Run:
         start, c = time.monotonic(), self.config
         self.profile.start()
         rollouts, futures = [], []
-        for first, prompts in self._together(self._prompts_of(self.done)):
+        for first, prompts in self._own_groups():
             with self.learner.sampling_weights():
                 rollouts.append(rollout := self._sample(prompts, first))
             groups = [f"{self.done}/{first + n}" for n in range(len(prompts)) for _ in range(c.group.size)]
             futures.append(self.scorer.submit(rollout.images_BHWC, [p.text for p in rollout.prompts], groups))
         sampled = time.monotonic()
-        rewards = self.scorer.collect(futures)
+        rewards = parallel.rewards_of_all(self.world, self.scorer.collect(futures))
         self.versions.update(rewards.versions)
         scored = time.monotonic()
         group_B = torch.arange(c.group.prompts).repeat_interleave(c.group.size)
-        features_BD = together(self.features, [r.images_BHWC for r in rollouts]) if self.features is not None else None
+        features_BD = None
+        if self.features is not None:
+            features_BD = self.world.joined(together(self.features, [r.images_BHWC for r in rollouts]))
         advantages = aggregate(c, self.scorer, rewards, group_B, features_BD, self.gate)
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
-        numbers = self.learner.learn(rollouts, advantages, self.done) if usable else {}
+        own = rows_of(advantages, self.world.rows(len(group_B)))
+        numbers = self.learner.learn(rollouts, own, self.done) if usable else {}
         self.done += 1
         end, pictures = time.monotonic(), len(group_B)
         return self.metrics.write(
@@ -162,7 +171,8 @@ class Run:
     def measure(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         """The fixed prompts and noise, through the average if so configured: rewards, monitors; and the pictures."""
         images, prompts = self.pictures(self.config.eval.samples)
-        rewards = self._score(images, prompts)
+        own = self.world.rows(len(prompts))
+        rewards = parallel.rewards_of_all(self.world, self._score(images[own], prompts[own]))
         values: dict[str, Any] = {**summary(self.scorer, rewards, self.first, "mean", "std", "sem"), "n": len(prompts)}
         values["failed_scores"] = rewards.missing
         if self.monitors is not None:
@@ -173,15 +183,25 @@ class Run:
         """(B, H, W, 3) uint8 of `count` evaluation prompts, in turn along the ODE."""
         s, known = self.config.sampling, self.prompts[1]
         prompts = [known[i % len(known)] for i in range(count)]
+        starts = [*range(0, count, s.micro_batch)]
+        starts += [0] * (-len(starts) % self.world.size)  # ranks that hold parts of one network go through it equally often
         with self.learner.ema.swapped():
-            chunks = [self.sampler.pictures(prompts[n : n + s.micro_batch], n) for n in range(0, count, s.micro_batch)]
-        return np.concatenate(chunks), prompts
+            chunks = [self.sampler.pictures(prompts[n : n + s.micro_batch], n) for n in self.world.part(starts)]
+        told = [chunk for chunks in self.world.tell(chunks) for chunk in chunks]
+        return np.concatenate(told)[:count], prompts
 
     def accept(self) -> float:
-        """max |ratio - 1| of a fresh group under unchanged weights; ConfigError when rounding eats a tenth of the clip range."""
-        first, prompts = next(self._together(self._prompts_of(self.done)))
-        deviation = ratio_deviation(self.policy, self._sample(prompts, first), self.config.sampling.micro_batch)
-        limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 10
+        """max |ratio - 1| of a fresh group under unchanged weights; ConfigError when rounding eats a tenth of the clip range.
+
+        0 for losses that take no ratio of steps.
+        """
+        clip = self.config.clip_range()
+        if clip is None or self.config.loss.use in FORWARD:
+            return 0.0
+        first, prompts = self._own_groups()[0]
+        own = ratio_deviation(self.policy, self._sample(prompts, first), self.config.sampling.micro_batch)
+        deviation = max(self.world.tell(own))
+        limit = min(clip) / 10
         if not deviation < limit:
             raise ConfigError(
                 f"unchanged weights already move the ratio by {deviation:.2g}, and a tenth of the clip range is {limit:.2g}: "
@@ -191,10 +211,13 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do. OSError leaves the one before."""
-        if self.quiet:
-            return
-        self.metrics.sync()
         tensors, learned = self.learner.state()
+        if not self.quiet:
+            self._write(tensors, learned)
+        self.world.wait()
+
+    def _write(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
+        self.metrics.sync()
         meta = {
             **learned,
             "unscored_steps": self.unscored_steps,
@@ -212,16 +235,19 @@ class Run:
         try:
             checkpoint.save(self.folder, self.done, tensors, meta)
         except checkpoint.NotSaved:
-            if not checkpoint.prune(self.folder, 1, self.best(saved=True)):  # nothing to be had that way
+            if not checkpoint.prune(self.folder, 1, self._best(saved=True)):  # nothing to be had that way
                 raise
             checkpoint.save(self.folder, self.done, tensors, meta)
-        best = self.best()
+        best = self._best()
         if best is not None:
             checkpoint.write_json(self.folder / "checkpoints" / "best.json", {"step": best, "folder": f"step_{best:06d}"})
         checkpoint.prune(self.folder, self.config.checkpoint_keep, best)
 
     def best(self, saved: bool = False) -> int | None:
         """Step of the best evaluation whose checkpoint is there, or, unless `saved`, about to be; None before the first."""
+        return self.world.same(self._best(saved))
+
+    def _best(self, saved: bool = False) -> int | None:
         c, evaluations = self.config, self.metrics.evaluations
         there = {*checkpoint.steps(self.folder), *([] if saved else [self.done])} - {*self.rollbacks}
         if c.alarm.action == "rollback":
@@ -269,6 +295,7 @@ class Run:
         """From the newest checkpoint that can be read; False where there never was one."""
         if not self.quiet:
             checkpoint.recover(self.folder)
+        self.world.wait()
         steps = checkpoint.steps(self.folder)
         for step in reversed(steps):
             if (saved := self._readable(step)) is not None:
@@ -316,6 +343,10 @@ class Run:
         count = max(1, self.config.sampling.micro_batch // self.config.group.size)
         for first in range(0, len(prompts), count):
             yield first, prompts[first : first + count]
+
+    def _own_groups(self) -> Sequence[tuple[int, Sequence[Prompt]]]:
+        """This rank's part of them at the present step."""
+        return self.world.part(list(self._together(self._prompts_of(self.done))))
 
     def _sample(self, prompts: Sequence[Prompt], first: int) -> Rollout:
         """Whole groups, one for each prompt, in one rollout with one window; `first` is the place of the first group in the step."""
@@ -379,7 +410,7 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
     while not reason:
         if run.done >= c.steps:
             reason = "finished"
-        elif stop():
+        elif run.world.same(stop()):
             _keep(run, note, must=True)
             return "interrupted"
         else:
@@ -394,14 +425,15 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
             reason = _after(run, tell, note)
     best, saved = run.adopt_best()
     run.learner.adopt(saved)
-    if not run.quiet:
-        try:
-            _adapter(run)
+    try:
+        _adapter(run)
+        if not run.quiet:
             checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
-        except OSError as error:
-            raise DiskFull(
-                f"the adapter could not be written into {run.folder} ({error}); make room and start again with --resume"
-            ) from error
+    except OSError as error:
+        raise DiskFull(
+            f"the adapter could not be written into {run.folder} ({error}); make room and start again with --resume"
+        ) from error
+    run.world.wait()
     return reason
 
 
@@ -424,17 +456,19 @@ def _keep(run: Run, note: Callable[[str], None], must: bool = False) -> None:
 def _adapter(run: Run) -> None:
     """The folder `adapter`, whole or not at all."""
     building, final = run.folder / ".adapter.building", run.folder / "adapter"
-    shutil.rmtree(building, ignore_errors=True)
+    if not run.quiet:
+        shutil.rmtree(building, ignore_errors=True)
     with run.learner.ema.swapped():
-        run.policy.save_adapter(building)
-    shutil.rmtree(final, ignore_errors=True)
-    building.rename(final)
+        run.policy.save_adapter(building, quiet=run.quiet)
+    if not run.quiet:
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
 
 
 def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Measure a checkpoint of a run (or the bare policy when `run_folder` is None) and write nothing into the run."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(config, Path(scratch), accept=False)
+        run = Run(config.model_copy(update={"parallel": ParallelConfig()}), Path(scratch), accept=False)
         try:
             if run_folder is not None:
                 run.adopt(checkpoint.folder_of(run_folder, step))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from trainer.sharding import like, wearing
+
 
 class Snapshot:
     """A copy of named parameters that the model can wear; `take` the present ones, or `mix` them in."""
@@ -17,14 +19,8 @@ class Snapshot:
     @contextlib.contextmanager
     def worn(self) -> Iterator[None]:
         """Inside, the model has these weights; what it learned meanwhile would be lost."""
-        own = {k: p.data for k, p in self.parameters.items()}
-        try:
-            for k, p in self.parameters.items():
-                p.data = self.held[k]
+        with wearing(self.parameters, self.held):
             yield
-        finally:
-            for k, p in self.parameters.items():
-                p.data = own[k]
 
     @torch.no_grad()
     def mix(self, decay: float) -> None:
@@ -36,7 +32,7 @@ class Snapshot:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """What `held` was; KeyError for other names."""
         for k in self.parameters:
-            self.held[k].copy_(tensors[k])
+            self.held[k].copy_(like(tensors[k], self.held[k]))
 
 
 def old_decay(kind: int, updates: int) -> float:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from trainer.sharding import wearing
+
 
 class EMA:
     """The average of named parameters; `update(t)` after optimiser step t = 0, 1, ..."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float = 0.9, every: int = 8) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float = 0.9, every: int = 8) -> None:
         if not 0 <= decay < 1 or every < 1:
             raise ValueError("ema.decay lies in [0, 1) and ema.every is at least 1")
         self.parameters, self.decay, self.every = parameters, decay, every
@@ -29,11 +31,5 @@ class EMA:
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the model holds the average."""
-        own = {k: p.detach().clone() for k, p in self.parameters.items()}
-        try:
-            for k, p in self.parameters.items():
-                p.data.copy_(self.average[k])
+        with wearing(self.parameters, self.average):
             yield
-        finally:
-            for k, p in self.parameters.items():
-                p.data.copy_(own[k])
