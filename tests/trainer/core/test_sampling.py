@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer import tiny
+from tests.trainer.run.service import recipe, serve
+from trainer import loop
 from trainer.config import ConfigError, RunConfig, load, validate
 from trainer.losses.guard import guard
+from trainer.metrics import read
 from trainer.policies import flow
 from trainer.policies.sd3 import SD3Policy
 from trainer.registry import REGISTRY, resolve
@@ -495,3 +498,32 @@ def test_the_recipes_can_be_drawn(root: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sampler.levels == (0.8,) * 10
     windows = [sampler.window(step, 0) for step in range(50)]
     assert {window.start for window in windows if window} == {0, 1, 2, 3}
+
+
+def test_a_run_draws_as_its_recipe_says(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real steps against a real service: branches, a sliding window, early noise, dpm2m, guided in part; evaluated at twice the size."""
+    monkeypatch.chdir(root)
+    drawn = {
+        "steps": 8, "window": 2, "window_last": 6, "window_kind": "sliding", "window_every": 1, "prefix": "shared", "branches": 2,
+        "kind": "cps", "noise_level": 0.5, "noise_schedule": "early", "solver": "dpm2m", "steps_after": 3, "guidance": 2.0, "guided_steps": [0, 4],
+        "height": 16, "width": 16, "micro_batch": 8,
+    }  # fmt: skip
+    policy = {
+        "use": "sd3",
+        "path": str(tiny.write(tmp_path / "tiny")),
+        "max_sequence_length": tiny.LENGTH,
+        "lora": {"rank": 2, "alpha": 4},
+    }
+    evaluated = {"every": 2, "samples": 4, "steps": 4, "grid": 4, "height": 32, "width": 32, "solver": "dpm2m"}
+    with serve() as service:
+        raw = recipe(service.url, policy=policy, sampling=drawn, eval=evaluated, steps=2)
+        run = loop.Run(validate(raw, "recipe"), tmp_path / "run")
+        try:
+            assert loop.train(run) == "finished"
+            assert run.pictures(2)[0].shape == (2, 32, 32, 3)
+        finally:
+            run.close()
+        assert service.pictures == 2 * 8 + 2 * 4
+    steps = [line for line in read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["skipped"] for line in steps] == [False, False]
+    assert all(line["ratio_dev"] < 1e-5 and line["grad_norm"] > 0 for line in steps), steps
