@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
@@ -219,7 +220,7 @@ class Policy:
                     return self._compiled(*args, return_dict=False, **kwargs)[0]
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._compiled = None
-                    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                    reason = " ".join(str(error).split()[:40]) or type(error).__name__
                     warnings.warn(f"policy.compile: torch.compile failed, going on without it: {reason}", stacklevel=3)
             return self.transformer(*args, return_dict=False, **kwargs)[0]
 
@@ -406,8 +407,8 @@ def read_index(path: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         raise FileNotFoundError(missing)
     try:
-        return dict(DiffusionPipeline.load_config(path, revision=revision)), False
-    except (OSError, ValueError) as error:
+        return dict(json.loads(Path(hf_hub_download(path, "model_index.json", revision=revision)).read_text())), False
+    except (OSError, ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{missing}. The hub did not give it ({first}); gated models need `hf auth login` first") from error
 
