@@ -505,8 +505,8 @@ def test_a_run_draws_as_its_recipe_says(root: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(root)
     drawn = {
         "steps": 8, "window": 2, "window_last": 6, "window_kind": "sliding", "window_every": 1, "prefix": "shared", "branches": 2,
-        "kind": "cps", "noise_level": 0.5, "noise_schedule": "early", "solver": "dpm2m", "steps_after": 3, "guidance": 2.0, "guided_steps": [0, 4],
-        "height": 16, "width": 16, "micro_batch": 8,
+        "kind": "cps", "noise_level": 0.5, "noise_schedule": "early", "solver": "dpm2m", "steps_after": 3, "guidance": 2.0,
+        "guided_steps": [0, 4], "height": 16, "width": 16, "micro_batch": 8,
     }  # fmt: skip
     policy = {
         "use": "sd3",
