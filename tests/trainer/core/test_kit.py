@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
+from peft import LoraConfig
 from pydantic import ValidationError
 
 from tests.trainer import tiny_families
@@ -20,6 +22,21 @@ from trainer.policies.sd3 import SD3Policy
 from trainer.registry import REGISTRY, resolve
 
 TEXTS = [p.text for p in PROMPTS]
+
+
+def sd35_medium() -> SD3Transformer2DModel:
+    """The configuration of stable-diffusion-3.5-medium."""
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
 
 
 def counted(policy: Any) -> list[str]:
@@ -210,3 +227,24 @@ def test_the_recipes_of_large_models_hold(family: str) -> None:
     assert s.height % 32 == s.width % 32 == 0 and s.window_last <= s.steps - 1 and config.group.size >= 16
     assert math.isclose(sum(r.weight for r in config.rewards.values()), len(config.rewards))
     assert SMALL.keys() <= type(options.lora).model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "build_network", "layers", "millions"),
+    [
+        # blocks x adapted layers: 24 x 8, less the last block's text output
+        ("sd3", sd35_medium, 24 * 8 - 1, 18.78),
+        ("flux", lambda: FluxTransformer2DModel(guidance_embeds=True), 19 * 12 + 38 * 3, 179.31),
+        ("z_image", ZImageTransformer2DModel, (30 + 2 + 2) * 7, 158.76),
+        ("qwen_image", QwenImageTransformer2DModel, 60 * 12, 424.67),
+    ],
+)
+def test_at_real_size_the_adapter_is_as_published(family: str, build_network: Any, layers: int, millions: float) -> None:
+    """The real architectures without memory for weights: how many layers are adapted, how many weights are trained."""
+    with torch.device("meta"):
+        network = build_network()
+        lora = resolve("policy", family).Options(path=".").lora
+        network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets)))
+    trained = {name: p for name, p in network.named_parameters() if "lora_" in name}
+    assert len(trained) == 2 * layers
+    assert round(sum(p.numel() for p in trained.values()) / 1e6, 2) == millions
