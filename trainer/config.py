@@ -105,6 +105,10 @@ class SamplingConfig(Frozen):
     steps_after: int | None = Field(
         default=None, ge=1, description="so many steps behind the window at most, along the same curve; null is all that are left"
     )
+    ahead: bool = Field(
+        default=False,
+        description="sample the next step's pictures before this one's are learned from: rewards have time, one step off-policy",
+    )
     guidance: float = Field(default=1.0, ge=0, description="1 is none and costs one pass instead of two")
     guided_steps: tuple[int, int] | None = Field(
         default=None, description="[first, last) of the steps that are guided, the others with guidance 1; null is all"

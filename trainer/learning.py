@@ -140,8 +140,8 @@ class Learner:
         return self._numbers(skipped)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds of this, by all ranks together: tensors `weights/NAME`, `ema/NAME`, `optim/NAME/KEY`, where there are any `old/NAME` and
-        `reference/NAME`, and a JSON mapping."""
+        """What a checkpoint holds of this, by all ranks together: tensors `weights/NAME`, `ema/NAME`, `optim/NAME/KEY`, where there are any
+        `old/NAME` and `reference/NAME`, and a JSON mapping."""
         tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in self.weights.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         tensors |= {f"optim/{k}": v for k, v in checkpoint.flatten(self.optimizer, self.weights).items()}

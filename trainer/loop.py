@@ -5,7 +5,6 @@ Everything random is a function of (seed, step), so a killed run that resumes fr
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import platform
@@ -13,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from trainer import alarm, checkpoint, memory, parallel, sharding
-from trainer.advantages.aggregate import aggregate, check, features_for, gate_of
+from trainer.advantages.aggregate import aggregate, check, features_for, gate_of, per_group
+from trainer.advantages.common import Advantages
+from trainer.ahead import Ahead, Drawn
 from trainer.config import FORWARD, ConfigError, ParallelConfig, PromptsConfig, RunConfig, Stopped, dump
 from trainer.learning import Learner, rows_of
 from trainer.metrics import Metrics, read
@@ -79,6 +81,7 @@ class Run:
         self.sampler.config = config
         self.learner = Learner(self.policy, config, world)
         self.weights = self.learner.weights
+        self.ahead = Ahead(self.learner)
         self.stateful = self.parts()
         self.gate = gate_of(config)
         if self.gate is not None:
@@ -91,7 +94,8 @@ class Run:
         self.accepted_s = 0.0
         if accept:
             start = time.monotonic()
-            self.accept()
+            with memory.explained(config, lambda: "the first trajectory"):
+                self.accept()
             self.accepted_s = time.monotonic() - start
         self.scorer: Scorer = (
             Scorer(config.rewards, config.reward_timeout_s, config.reward_outage_s) if services else cast(Any, None)
@@ -110,7 +114,7 @@ class Run:
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """What changes in a run beside the learner, by the name under which a checkpoint carries it."""
-        return {}
+        return {"ahead": self.ahead} if self.config.sampling.ahead else {}
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -118,30 +122,40 @@ class Run:
         return self.metrics.evaluations[0] if self.metrics.evaluations else None
 
     def step(self) -> dict[str, Any]:
-        """One training step; returns its line of metrics."""
+        """One training step; returns its line of metrics.
+
+        Groups are scored while others are sampled, and learned from while others are still scored where their advantages are their own
+        affair. With `sampling.ahead` the next step's groups are sampled before this one's are learned from.
+        """
         start, c = time.monotonic(), self.config
         self.profile.start()
-        rollouts, futures = [], []
-        for first, prompts in self._own_groups():
-            with self.learner.sampling_weights():
-                rollouts.append(rollout := self._sample(prompts, first))
-            groups = [f"{self.done}/{first + n}" for n in range(len(prompts)) for _ in range(c.group.size)]
-            futures.append(self.scorer.submit(rollout.images_BHWC, [p.text for p in rollout.prompts], groups))
+        drawn = self.ahead.take(lambda weights: self._draw(self.done, weights))
+        if c.sampling.ahead:
+            self.ahead.keep(self._draw(self.done + 1, self.learner.sampling_weights()))
         sampled = time.monotonic()
-        rewards = parallel.rewards_of_all(self.world, self.scorer.collect(futures))
+        waited, accumulated = 0.0, per_group(c)
+        if accumulated:
+            self.learner.begin(c.group.prompts * c.group.size, self.done)
+            for rollout, future in zip(drawn.rollouts, drawn.futures, strict=True):
+                asked = time.monotonic()
+                rewards = self.scorer.collect([future])
+                waited += time.monotonic() - asked
+                self.learner.accumulate(rollout, self._judge([rollout], rewards))
+        asked = time.monotonic()
+        rewards = parallel.rewards_of_all(self.world, self.scorer.collect(drawn.futures))
+        waited += time.monotonic() - asked
         self.versions.update(rewards.versions)
-        scored = time.monotonic()
-        group_B = torch.arange(c.group.prompts).repeat_interleave(c.group.size)
-        features_BD = None
-        if self.features is not None:
-            features_BD = self.world.joined(together(self.features, [r.images_BHWC for r in rollouts]))
-        advantages = aggregate(c, self.scorer, rewards, group_B, features_BD, self.gate)
+        advantages = self._judge(drawn.rollouts, rewards)
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
-        own = rows_of(advantages, self.world.rows(len(group_B)))
-        numbers = self.learner.learn(rollouts, own, self.done) if usable else {}
+        if accumulated:
+            learned = self.learner.finish()
+            numbers = learned if usable else {}
+        else:
+            own = rows_of(advantages, self.world.rows(c.group.prompts * c.group.size))
+            numbers = self.learner.learn(drawn.rollouts, own, self.done) if usable else {}
         self.done += 1
-        end, pictures = time.monotonic(), len(group_B)
+        end, pictures = time.monotonic(), c.group.prompts * c.group.size
         return self.metrics.write(
             "step",
             self.done,
@@ -156,8 +170,8 @@ class Run:
                 "zero_std_groups": advantages.zero_variance_groups,
                 "dropped_groups": advantages.dropped_groups,
                 **self.profile.split(sampled - start),
-                "seconds/wait": scored - sampled,
-                "seconds/train": end - scored,
+                "seconds/wait": waited,
+                "seconds/train": end - sampled - waited,
                 "pictures/second": pictures / (end - start),
             },
         )
@@ -198,8 +212,8 @@ class Run:
         clip = self.config.clip_range()
         if clip is None or self.config.loss.use in FORWARD:
             return 0.0
-        first, prompts = self._own_groups()[0]
-        own = ratio_deviation(self.policy, self._sample(prompts, first), self.config.sampling.micro_batch)
+        first, prompts = self._own_groups(self.done)[0]
+        own = ratio_deviation(self.policy, self.sampler.groups(self.done, prompts, first), self.config.sampling.micro_batch)
         deviation = max(self.world.tell(own))
         limit = min(clip) / 10
         if not deviation < limit:
@@ -212,6 +226,10 @@ class Run:
     def save(self) -> None:
         """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do. OSError leaves the one before."""
         tensors, learned = self.learner.state()
+        learned["state"] = {}
+        for name, part in self.stateful.items():
+            own, learned["state"][name] = part.state()
+            tensors |= {f"state/{name}/{key}": value for key, value in own.items()}
         if not self.quiet:
             self._write(tensors, learned)
         self.world.wait()
@@ -227,11 +245,7 @@ class Run:
             "config": checkpoint.training(self.config),
             "sigmas_hash": digest(self.sampler.sigmas),
             "reward_versions": self.versions,
-            "state": {},
         }
-        for name, part in self.stateful.items():
-            own, meta["state"][name] = part.state()
-            tensors |= {f"state/{name}/{key}": value for key, value in own.items()}
         try:
             checkpoint.save(self.folder, self.done, tensors, meta)
         except checkpoint.NotSaved:
@@ -282,6 +296,7 @@ class Run:
     def roll_back(self, saved: checkpoint.Saved) -> None:
         """The weights, average and optimiser of an earlier checkpoint under a lower learning rate; the steps count on."""
         self._put(saved)
+        self.ahead.clear()  # drawn with the weights that are left behind
         self.rollbacks.append(self.done)
         self.learner.lr_scale = self.config.alarm.rollback_lr ** len(self.rollbacks)
 
@@ -344,13 +359,28 @@ class Run:
         for first in range(0, len(prompts), count):
             yield first, prompts[first : first + count]
 
-    def _own_groups(self) -> Sequence[tuple[int, Sequence[Prompt]]]:
-        """This rank's part of them at the present step."""
-        return self.world.part(list(self._together(self._prompts_of(self.done))))
+    def _draw(self, step: int, weights: AbstractContextManager[None]) -> Drawn:
+        """This rank's groups of a step, sampled under `weights`, on their way to the services."""
+        rollouts, futures = [], []
+        with weights:
+            for first, prompts in self._own_groups(step):
+                rollouts.append(rollout := self.sampler.groups(step, prompts, first))
+                groups = [f"{step}/{first + n}" for n in range(len(prompts)) for _ in range(self.config.group.size)]
+                futures.append(self.scorer.submit(rollout.images_BHWC, [p.text for p in rollout.prompts], groups))
+        return Drawn(rollouts, futures)
 
-    def _sample(self, prompts: Sequence[Prompt], first: int) -> Rollout:
-        """Whole groups, one for each prompt, in one rollout with one window; `first` is the place of the first group in the step."""
-        return self.sampler.groups(self.done, prompts, first)
+    def _judge(self, rollouts: Sequence[Rollout], rewards: Rewards) -> Advantages:
+        """Of some whole groups, or of the whole step; `rollouts` are this rank's of them."""
+        c, size = self.config, self.config.group.size
+        group_B = torch.arange(rewards.values_RB.shape[1] // size).repeat_interleave(size)
+        features_BD = None
+        if self.features is not None:
+            features_BD = self.world.joined(together(self.features, [r.images_BHWC for r in rollouts]))
+        return aggregate(c, self.scorer, rewards, group_B, features_BD, self.gate)
+
+    def _own_groups(self, step: int) -> Sequence[tuple[int, Sequence[Prompt]]]:
+        """This rank's part of a step's."""
+        return self.world.part(list(self._together(self._prompts_of(step))))
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of one step: epochs in shuffled order, a function of (seed, step)."""
@@ -389,12 +419,8 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, tell: Callable[
         tell({"kind": "note", "step": run.done, "text": text})
 
     run.metrics.warn = run.scorer.patient.waiting = note
-    try:
+    with memory.explained(run.config, lambda: f"step {run.done + 1}"):
         return _train(run, stop, tell, note)
-    except (RuntimeError, MemoryError) as error:
-        if not memory.exhausted(error):
-            raise
-        raise memory.OutOfMemory(memory.advice(run.config, f"step {run.done + 1}", error)) from error
 
 
 def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:
@@ -403,7 +429,12 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
         note(text)
     run.told.clear()
     if not run.metrics.evaluations:
-        tell(run.evaluate())
+        start = run.evaluate()
+        tell(start)
+        if start["failed_scores"] and all(start[f"reward/{name}/mean"] is None for name in c.rewards):
+            raise GaveUp(
+                f"the first evaluation got no score at all from {_services(c)}: mend the services and start again with --resume"
+            )
         if c.checkpoint_best.startswith("heldout:"):
             alarm.measure_of(c.checkpoint_best, run.metrics.evaluations[0], run.held_out)
         _keep(run, note)
@@ -418,8 +449,7 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
             if run.unscored_steps >= c.max_unscored_steps:
                 _keep(run, note, must=True)
                 raise GaveUp(
-                    f"{run.unscored_steps} steps in a row without a single score from "
-                    f"{', '.join(f'{name} ({reward.url})' for name, reward in c.rewards.items())}; see `failures` in "
+                    f"{run.unscored_steps} steps in a row without a single score from {_services(c)}; see `failures` in "
                     f"{run.metrics.path}. The run is saved: mend the services and start again with --resume."
                 )
             reason = _after(run, tell, note)
@@ -435,6 +465,10 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
         ) from error
     run.world.wait()
     return reason
+
+
+def _services(config: RunConfig) -> str:
+    return ", ".join(f"{name} ({reward.url})" for name, reward in config.rewards.items())
 
 
 def _keep(run: Run, note: Callable[[str], None], must: bool = False) -> None:
@@ -479,10 +513,8 @@ def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[st
             run.close()
 
 
-def export(config: RunConfig, run_folder: Path, step: int, kind: str, out: Path) -> None:
-    """The adapter of a checkpoint, through the average of its weights, as `kind` (diffusers or comfyui) in `out`; no service is asked."""
-    if kind != "diffusers" and importlib.util.find_spec("trainer.export") is None:
-        raise ConfigError(f"--format {kind} is not there yet; --format diffusers is")
+def export_whole(config: RunConfig, run_folder: Path, step: int, out: Path) -> None:
+    """All weights of a checkpoint that has no adapter, through their average, in diffusers' format in `out`; no service is asked."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config, Path(scratch), services=False, accept=False)
         try:
@@ -490,11 +522,7 @@ def export(config: RunConfig, run_folder: Path, step: int, kind: str, out: Path)
             _adapter(run)
         finally:
             run.close()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "diffusers":
-            shutil.copytree(run.folder / "adapter", out)
-        else:
-            importlib.import_module("trainer.export").export_adapter(run.folder, out, kind)
+        shutil.copytree(run.folder / "adapter", out)
 
 
 def _after(run: Run, tell: Callable[[dict[str, Any]], None], note: Callable[[str], None]) -> str:
@@ -615,7 +643,7 @@ def total(scorer: Scorer, values_RB: Tensor, first: Mapping[str, Any] | None) ->
             scored = row[row.isfinite()]
             held = (first or {}).get(f"reward/{name}/mean"), (first or {}).get(f"reward/{name}/std")
             mean = held[0] if held[0] is not None else scored.mean()
-            std = held[1] if held[1] is not None else scored.std(correction=1)
+            std = held[1] if held[1] is not None else scored.std(correction=1) if len(scored) > 1 else math.nan
             out += sign * weight * (row - mean) / max(float(std), 1e-9)
     return out / weights_R.sum()
 

@@ -49,7 +49,7 @@ def rehearse(run: Any) -> Rehearsal:
         start = time.monotonic()
         first, prompts = next(run._together(run._prompts_of(run.done)))
         with run.learner.sampling_weights():
-            rollout = run._sample(prompts, first)
+            rollout = run.sampler.groups(run.done, prompts, first)
         out.seconds = run.profile.split(time.monotonic() - start)
         out.count = len(rollout.prompts)
         stage[0], start = "training", time.monotonic()

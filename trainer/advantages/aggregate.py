@@ -67,6 +67,13 @@ def aggregate(
     return replace(out, numbers={**numbers, **out.numbers})
 
 
+def per_group(config: RunConfig) -> bool:
+    """Whether a group's advantages depend on no other group of the step."""
+    a = config.advantages
+    plain = a.use in ("group_relative", "best_worst", "product", "base_bonus") and a.std == "group" and not a.per_reward
+    return plain and not config.gardo.gate and not config.gardo.diversity
+
+
 def better(config: RunConfig, scorer: Scorer, row: int, rewards: Rewards) -> Tensor:
     """(B,) float64 of one reward, higher is better: mapped to [0, 1] where so configured, else with its sign."""
     name, raw = scorer.names[row], rewards.values_RB[row]

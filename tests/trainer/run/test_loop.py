@@ -143,3 +143,18 @@ def test_best_json_names_a_checkpoint_that_exists(service: Service, tmp_path: Pa
     run(config(service.url), tmp_path / "run")
     best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"]
     assert checkpoint.folder_of(tmp_path / "run", best).is_dir()
+
+
+def test_one_step_ahead_resumes_to_the_same_numbers_and_is_off_policy(service: Service, tmp_path: Path) -> None:
+    changes = {"sampling": {**recipe("")["sampling"], "ahead": True}}  # type: ignore[dict-item]
+    run(config(service.url, **changes), tmp_path / "whole")
+    seen: list[dict[str, Any]] = []
+    stop = {"stop": lambda: len([line for line in seen if line["kind"] == "step"]) == 3, "tell": seen.append}
+    run(config(service.url, **changes), tmp_path / "halves", **stop)
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "halves", 3))
+    run(config(service.url, **changes), tmp_path / "halves", resume=True)
+    assert numbers(tmp_path / "halves") == numbers(tmp_path / "whole")
+    run(config(service.url), tmp_path / "on")
+    ahead, on = ([line for line in numbers(tmp_path / n) if line["kind"] == "step"] for n in ("whole", "on"))
+    assert ahead[0] == on[0] and all(line["ratio_dev"] < 1e-4 for line in on)
+    assert all(line["ratio_dev"] > 1e-4 for line in ahead[1:]), "drawn with the weights before the last update"
