@@ -181,6 +181,8 @@ def qwen_image() -> tuple[str, dict[str, tuple[str, Any]]]:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 14}

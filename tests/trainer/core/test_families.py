@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from tests.trainer import tiny, tiny_families
+from tests.trainer.core import test_learning
 from tests.trainer.tiny_families import paint
 from trainer.checkpoint import CheckpointError, Saved, check_model
 from trainer.config import ConfigError
+from trainer.learning import Learner
 from trainer.losses.grpo import grpo
 from trainer.policies import flow, kit
 from trainer.policies.flux import positions
@@ -338,3 +340,24 @@ def test_a_common_way_to_the_window_is_walked_once_and_changes_nothing(tmp_path:
     assert torch.allclose(together.latents_BCHW[0], apart.latents_BCHW[0], atol=1e-5)
     assert torch.equal(together.states_BT[0, 0], together.states_BT[2, 0]) and not torch.equal(*together.states_BT[:2, 1])
     assert ratio_deviation(policy, together) < CLIP / 10
+
+
+@pytest.mark.parametrize("loss", ["grpo", "nft"])
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_every_family_learns_from_a_reward(family: str, loss: str, tmp_path: Path) -> None:
+    """Brightness, through the trainer's own sampler and learner; judged from fixed noise along the ODE."""
+    policy = build(tmp_path, family=family, lora={"rank": 4, "alpha": 8})
+    c = test_learning.config(loss, group={"prompts": 2, "size": 16}, optim={"lr": 3e-2})
+    learner, prompts = Learner(policy, c), [PROMPTS[n % 4] for n in range(16)]
+
+    def level() -> float:
+        sigmas, shape = policy.sigmas(6, 16, 16), policy.latent_shape(16, 16)
+        seeds = [7_000_000 + n for n in range(16)]
+        return float(sample(policy, prompts, seeds, sigmas=sigmas, shape=shape, window=None).images_BHWC.mean())
+
+    before = level()
+    for step in range(10):
+        with learner.sampling_weights():
+            rollout = test_learning.draw(policy, c, step)
+        learner.learn([rollout], test_learning.judged(test_learning.brightness(rollout), 16), step)
+    assert level() > before + 0.1
