@@ -55,8 +55,8 @@ EXPORT_HELP = """\
   verism-train export runs/world --out world/ --format diffusers            a folder for load_lora_weights
   verism-train export runs/world --out step20/ --step 20                    another checkpoint than the best
 
-Takes the average of the weights, as evaluations do. No service has to be there. A run that trained all weights has no adapter: diffusers
-format then is its whole transformer.
+Takes the average of the weights, as evaluations do. No service has to be there, and for an adapter no model. A run that trained all
+weights has none: diffusers format then is its whole transformer.
 """
 EVAL_HELP = """\
   verism-eval runs/world                  the run's best checkpoint
@@ -124,7 +124,7 @@ def _export(argv: Sequence[str]) -> int:
     parser = _parser("verism-train export", "Write a run's adapter in a format that other tools read.", EXPORT_HELP)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers", help="default: diffusers")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for diffusers, a file for comfyui; must be new")
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a folder; must be new")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the best")
     args = parser.parse_args(argv)
     console = Console()
@@ -137,9 +137,17 @@ def _export(argv: Sequence[str]) -> int:
         step = args.step if args.step is not None else _best(args.run)
         if step not in checkpoint.steps(args.run):
             raise ConfigError(f"no checkpoint after step {step} in {args.run}; there are {checkpoint.steps(args.run)}")
-        from trainer import loop
+        config = load(str(args.run / "config.yaml"))
+        if config.policy.options().get("lora", ...) is None:
+            from trainer import loop
 
-        loop.export(load(str(args.run / "config.yaml")), args.run, step, args.format, args.out)
+            if args.format != "diffusers":
+                raise ConfigError(f"{args.run} trained all weights: there is no adapter for {args.format}; take --format diffusers")
+            loop.export_whole(config, args.run, step, args.out)
+        else:
+            from trainer.export import export_adapter
+
+            export_adapter(args.run, args.out, args.format, step)
         console.print(f"{args.out}: {args.format}, step {step}", soft_wrap=True)
         return 0
 
@@ -291,14 +299,15 @@ def _train(args: argparse.Namespace, console: Console) -> int:
 
 def _dry_run(console: Console, config: RunConfig, folder: Path) -> int:
     console.print(dump(config), markup=False, highlight=False, soft_wrap=True)
-    from trainer import loop, plan
+    from trainer import loop, memory, plan
 
     services = plan.answering(config.rewards)
     with tempfile.TemporaryDirectory() as scratch:
         run = loop.Run(config, Path(scratch), services=False)
         run.folder = folder  # whose disk counts
         try:
-            console.print(plan.table(run, services), markup=False, highlight=False)
+            with memory.explained(run.config, lambda: "the rehearsal of a step"):
+                console.print(plan.table(run, services), markup=False, highlight=False)
         finally:
             run.close()
     if missing := [name for name, state in services.items() if state.startswith("MISSING")]:

@@ -41,7 +41,10 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + own
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    known = Path("/proc/meminfo")
+    if not known.is_file():  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = dict(line.split(":", 1) for line in known.read_text().splitlines() if ":" in line)
     left = [1024 * int(lines["MemAvailable"].split()[0])]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
@@ -99,7 +102,9 @@ def peak(policy: ImagePolicy) -> Iterator[Peak]:
 
 
 def _resident() -> int:
-    """Bytes of main memory that this process holds."""
+    """Bytes of main memory that this process holds; 0 where only the graph can be counted."""
+    if not Path("/proc/self/statm").is_file():
+        return 0
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -110,13 +115,24 @@ def exhausted(error: BaseException) -> bool:
     )
 
 
+@contextlib.contextmanager
+def explained(config: RunConfig, what: Callable[[], str]) -> Iterator[None]:
+    """Memory that runs out inside is an OutOfMemory that says what to set."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not exhausted(error):
+            raise
+        raise OutOfMemory(advice(config, what(), error)) from error
+
+
 def advice(config: RunConfig, what: str, error: BaseException) -> str:
     """What to set when memory ran out."""
     own = config.sampling.micro_batch
     less = f"sampling.micro_batch={max(1, own // 2)}" if own > 1 else "policy.gradient_checkpointing=true"
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (
-        f"memory ran out in {what} with sampling.micro_batch={own} ({first}). The last checkpoint stands: go on with "
+        f"memory ran out in {what} with sampling.micro_batch={own} ({first}). What was saved stands: go on with "
         f"`{less} --resume`; groups then share fewer windows, and the numbers go another way from there. "
         "Also smaller: policy.gradient_checkpointing=true."
     )

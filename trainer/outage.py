@@ -51,6 +51,7 @@ class Waited:
 
     def __init__(self, patient: Patient, request: tuple[Any, ...], future: "Future[Any]", until: float) -> None:
         self._patient, self._request, self._future, self._until = patient, request, future, until
+        self._table: Any = None
 
     def done(self) -> bool:
         """Whether the first answer is there; services that are away are waited for in `result`."""
@@ -58,20 +59,24 @@ class Waited:
 
     def result(self) -> Any:
         """The client's table, with the rewards whose services were away asked again."""
+        if self._table is not None:
+            return self._table
         table, told = self._future.result(), False
         while (names := gone(table)) and (left := self._until - time.monotonic()) > 0:
             told = told or self._patient.tell(names, table.failures, left)
             time.sleep(min(PAUSE_S, left))
             table = merged(table, self._patient.client.submit(*self._request[:3], names).result())
+        self._table = table
         return table
 
 
 def gone(table: Any) -> list[str]:
-    """The rewards that lack a score of some picture because their service was away, or said that asking again may help."""
+    """The rewards that lack a score of some picture because their service was away, or of all, each of which may have one later."""
     return [
         name
         for name, row in zip(table.rewards, table.scores, strict=True)
-        if any(score.error is not None and (score.error.retryable or score.error.type in AWAY) for score in row)
+        if any(score.error is not None and score.error.type in AWAY for score in row)
+        or (row and all(score.error is not None and score.error.retryable for score in row))
     ]
 
 

@@ -69,10 +69,16 @@ def test_a_service_that_dies_is_waited_for_and_none_of_its_scores_is_missing(roo
         server.ready()
         run = loop.Run(config, tmp_path / "gone")
         before = {name: weight.detach().clone() for name, weight in run.weights.items()}
-        server.kill()
         with pytest.raises(loop.GaveUp, match="--resume"):
-            loop.train(run)
+            loop.train(run, tell=lambda line: server.kill())
         assert all(torch.equal(before[name], weight) for name, weight in run.weights.items()), "no update without a score"
+        run.close()
+        server.begin()
+        server.ready()
+        run = loop.Run(config, tmp_path / "never")
+        server.kill()
+        with pytest.raises(loop.GaveUp, match="first evaluation got no score at all from jpeg_size"):
+            loop.train(run)
         run.close()
     finally:
         server.kill()

@@ -145,6 +145,8 @@ def test_export_gives_the_best_adapter_away(whole: tuple[Path, list[Numbers], st
     assert train(["export", str(folder), "--out", str(out)]) == 0
     own, given = (load_file(place / "pytorch_lora_weights.safetensors") for place in (folder / "adapter", out))
     assert own.keys() == given.keys() and all(torch.equal(value, given[key]) for key, value in own.items())
+    assert train(["export", str(folder), "--format", "comfyui", "--out", str(tmp_path / "comfy.safetensors")]) == 0
+    assert len(load_file(tmp_path / "comfy.safetensors")) == len(own)
     assert train(["export", str(folder), "--out", str(out)]) == 2 and "another --out" in capsys.readouterr().out
     assert train(["export", str(tmp_path), "--out", str(out) + "2"]) == 2 and "no run folder" in capsys.readouterr().out
     assert train(["export", str(folder), "--out", str(out) + "2", "--step", "77"]) == 2

@@ -58,6 +58,23 @@ def test_the_learning_rate_falls_along_a_cosine() -> None:
         load("world", ["optim.final_lr=0.5", "optim.lr_steps=null"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--help"],
+            ("--resume", "sampling.micro_batch=auto", "checkpoint_best=heldout:NAME", "alarm.action=rollback", "Exit status"),
+        ),
+        (["export", "--help"], ("--format comfyui", "load_lora_weights", "--step 20")),
+    ],
+)
+def test_help_teaches(arguments: list[str], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        train(arguments)
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all(words in shown for words in said)
+
+
 def test_changes_may_stand_before_and_after_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["group.prompts=1", "sampling.micro_batch=4", "sampling.steps=7", "eval.monitors=null"]
     assert train(["world", "seed=3", *small, "--dry-run", "steps=7"]) == 0

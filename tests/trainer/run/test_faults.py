@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from shared.client import ScoreTable
+from shared.schema import Problem, Score
 from tests.trainer.run.service import Service, recipe, serve
-from trainer import checkpoint, loop, memory
+from trainer import checkpoint, loop, memory, outage
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import Metrics, read
 
@@ -287,6 +290,42 @@ def test_memory_that_ends_says_what_to_set_and_the_smaller_size_resumes(
     assert "sampling.micro_batch: 8 -> 4" in seen[0]["text"]
     a, b = (numbers(folder)[:3] for folder in (tmp_path / "run", whole))
     assert a[:2] == b[:2] and a[2]["step"] == b[2]["step"] == 2, "what was there stays"
+
+
+def test_who_is_asked_again() -> None:
+    """A service that was away, and one of which nothing came that may come later; not one picture that fails for itself."""
+
+    def error(kind: str, retryable: bool = False) -> Score:
+        return Score(status="error", error=Problem(type=f"urn:verism:{kind}", title="for the test", retryable=retryable))
+
+    def table(*row: Score) -> ScoreTable:
+        values = np.array([[np.nan if score.value is None else score.value for score in row]])
+        kinds = [score.error.type for score in row if score.error is not None]
+        return ScoreTable(("a",), values, np.isfinite(values), (row,), {"a": 1}, {kind: kinds.count(kind) for kind in kinds})
+
+    good = Score(status="ok", value=0.5)
+    assert outage.gone(table(good, error("unreachable"))) == outage.gone(table(error("gone", True), error("gone", True))) == ["a"]
+    assert outage.gone(table(good, error("gone", True))) == outage.gone(table(good, error("nan"))) == outage.gone(table()) == []
+    mended = outage.merged(table(good, error("unreachable")), table(good, good))
+    assert mended.values_RB.tolist() == [[0.5, 0.5]] and mended.mask_RB.all() and mended.failures == {}
+
+
+def test_a_service_that_does_not_answer_for_a_while_costs_no_score(whole: Path, tmp_path: Path) -> None:
+    """Asked again are all pictures of the request; the numbers are those of a run that never waited."""
+    with serve() as service:
+        notes: list[str] = []
+
+        def tell(line: dict[str, Any]) -> None:
+            if line["kind"] == "step" and line["step"] == 1:
+                service.fault = "slow"
+            if line["kind"] == "note":
+                notes.append(line["text"])
+                service.fault = ""
+
+        patient = {"reward_timeout_s": 1.0, "reward_outage_s": 120.0, "checkpoint_every": 1}
+        assert run(config(service.url, **patient), tmp_path / "run", tell=tell) == "finished"
+    assert any("no answer from brightness (urn:verism:deadline-exceeded)" in text for text in notes), notes
+    assert numbers(tmp_path / "run") == numbers(whole)
 
 
 def test_what_is_wrong_with_the_geometry_is_said_before_a_service_is_missed(tmp_path: Path) -> None:
