@@ -1,4 +1,7 @@
-"""Rewards for a real service: one that compares by brightness and leans to what is shown first, one that is unsure of dark pictures."""
+"""Rewards for a real service: one that compares by brightness and leans to what is shown first, one that is unsure of dark pictures.
+
+Under the name `dark` the latter says that lower is better.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -36,7 +39,7 @@ class Bright:
     """Grey / 255, with a deviation of 1 - grey / 255 as `sigma` and as part `spread`; grey 14 has none."""
 
     def __init__(self, name: str) -> None:
-        self.info = RewardInfo(name=name, range=(0, 1))
+        self.info = RewardInfo(name=name, range=(0, 1), higher_is_better=name != "dark")
 
     @classmethod
     def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:

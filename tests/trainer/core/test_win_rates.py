@@ -28,7 +28,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = tmp_path_factory.mktemp("comparer") / "c.yaml"
     kit = "tests.trainer.core.comparer"
     config.write_text(
-        json.dumps({"device": "cpu", "rewards": {"brighter": {"use": f"{kit}:Brighter"}, "bright": {"use": f"{kit}:Bright"}}})
+        json.dumps(
+            {
+                "device": "cpu",
+                "rewards": {
+                    "brighter": {"use": f"{kit}:Brighter"},
+                    "bright": {"use": f"{kit}:Bright"},
+                    "dark": {"use": f"{kit}:Bright"},
+                },
+            }
+        )
     )
     with running(config) as served:
         yield served
@@ -124,3 +133,30 @@ def test_a_run_learns_from_win_rates(url: str, root: Path, tmp_path: Path, monke
     evaluation = next(line for line in lines if line["kind"] == "eval")
     assert evaluation["reward/brighter/mean"] is None and evaluation["failed_scores"] == 0
     assert evaluation["reward/bright/mean"] > 0
+
+
+def test_gardo_s_gate_and_diversity_in_a_run_that_resumes(
+    url: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sample that is bright is doubted by `dark`; the share moves from the second step on, and comes back with a checkpoint."""
+    monkeypatch.chdir(root)
+    gardo = {"gate": True, "aux": ["dark"], "diversity": True, "history": 1, "share": 0.15}
+    raw = recipe(url, steps=3, rewards={"bright": {"url": url}, "dark": {"url": url, "weight": 0}}, gardo=gardo)
+    raw |= {"kl": {"use": "v_kl", "weight": 0.1}, "checkpoint_every": 1}
+    raw["eval"] = {**raw["eval"], "every": 3, "monitors": "world/monitors"}  # type: ignore[dict-item]
+    config = RunConfig.model_validate(raw)
+
+    def train(name: str, steps: int, resume: bool = False) -> list[dict[str, Any]]:
+        made = loop.Run(config, tmp_path / name, resume=resume)
+        try:
+            loop.train(made, stop=lambda: made.done >= steps < 3)
+        finally:
+            made.close()
+        return [line for line in read(tmp_path / name / "metrics.jsonl") if line["kind"] == "step"]
+
+    whole = train("whole", 3)
+    assert all(0 < line["gardo/held"] < 0.5 and not line["skipped"] for line in whole)
+    train("halves", 2)
+    halves = train("halves", 3, resume=True)
+    for key in ("gardo/share", "gardo/held", "loss", "grad_norm", "kl"):
+        assert [line[key] for line in halves] == [line[key] for line in whole], key
