@@ -65,6 +65,9 @@ class PolicyOptions(BaseModel):
     compile: bool = Field(default=False, description="torch.compile for the transformer; eager with a warning where that fails")
     text_encoders: Literal["offload", "keep"] = Field(default="offload", description="on an accelerator only while texts are new")
     text_cache: Path | None = Field(default=None, description="folder of encoded texts, shared by runs; null keeps them in memory")
+    text_memory_gb: float = Field(
+        default=16, gt=0, description="main memory for encoded texts; the oldest make room, and are encoded again"
+    )
     decode_pixels: int = Field(default=2**21, ge=1, description="most pixels that the autoencoder handles at once")
     vae_tiling: bool = Field(default=False, description="decode in overlapping tiles: less memory, seams that detectors may see")
 
@@ -95,6 +98,7 @@ class Policy:
             pipeline.vae.enable_tiling()
         self._fingerprint = fingerprint(self.transformer)
         self._texts: dict[str, Row] = {}
+        self._held, self._folder = 0, options.text_cache
         self._negative: Condition | None = None
         self._cache_key = ""
         if options.lora is None:
@@ -147,8 +151,20 @@ class Policy:
         raise NotImplementedError
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode what is not yet encoded; the encoders are on the device only meanwhile. Call it once with all prompts known."""
-        self._rows(prompts, hold=False)
+        """Encode these texts ahead, as far as `text_memory_gb` reaches, so that the encoders need not come back for them.
+
+        Nothing happens where the encoders stay on the device anyway.
+        """
+        folder = self._folder
+        wanted = [*([self.options.negative_prompt] if self.two_passes else []), *dict.fromkeys(prompts)]
+        new = [t for t in wanted if t not in self._texts and (folder is None or not self._place(folder, t).is_file())]
+        if new and not self._stay:
+            with self._encoders_here():
+                for text in new:
+                    row = self._text_row(text)
+                    if self._folder is None and self._held + size_of(row) > self.options.text_memory_gb * 1e9:
+                        break
+                    self._keep(text, row)
 
     def encode(self, prompts: list[str]) -> Condition:
         """Conditions of B prompts, on the device; each text is encoded once and kept in main memory or in `text_cache`."""
@@ -167,27 +183,37 @@ class Policy:
             self._negative = self.encode([self.options.negative_prompt])
         return self._negative.tensors
 
-    @torch.no_grad()
-    def _rows(self, prompts: Sequence[str], hold: bool = True) -> dict[str, Row]:
-        folder: Path | None = self.options.text_cache
+    def _rows(self, prompts: Sequence[str]) -> dict[str, Row]:
         wanted = dict.fromkeys([*([self.options.negative_prompt] if self.two_passes else []), *prompts])
         found = {text: self._texts[text] for text in wanted if text in self._texts}
-        if folder is not None:
+        if self._folder is not None:
             for text in wanted.keys() - found.keys():
-                if (row := read_row(self._place(folder, text))) is not None:
+                if (row := read_row(self._place(self._folder, text))) is not None:
                     found[text] = row
         new = [text for text in wanted if text not in found]
         if new:
             with self._encoders_here():
                 for text in new:
-                    found[text] = {k: v.cpu() for k, v in self._text(text).items()}
-                    if folder is not None:
-                        write_row(self._place(folder, text), found[text])
-                        if not hold:
-                            del found[text]
-        if folder is None:
-            self._texts.update(found)
+                    found[text] = self._text_row(text)
+                    self._keep(text, found[text])
         return found
+
+    @torch.no_grad()
+    def _text_row(self, text: str) -> Row:
+        return {k: v.cpu() for k, v in self._text(text).items()}
+
+    def _keep(self, text: str, row: Row) -> None:
+        """On disk, or in main memory, where the oldest make room."""
+        if self._folder is not None:
+            try:
+                return write_row(self._place(self._folder, text), row)
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"policy.text_cache: {self._folder} cannot be written, texts stay in memory: {error}", stacklevel=3)
+                self._folder = None
+        self._texts[text] = row
+        self._held += size_of(row)
+        while self._held > self.options.text_memory_gb * 1e9 and len(self._texts) > 1:
+            self._held -= size_of(self._texts.pop(next(iter(self._texts))))
 
     def _place(self, folder: Path, text: str) -> Path:
         """File of an encoded text: named after the encoders, what shapes a text, and the text itself."""
@@ -463,6 +489,11 @@ def write_row(path: Path, row: Row) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def size_of(row: Row) -> int:
+    """Bytes of an encoded text."""
+    return sum(v.numel() * v.element_size() for v in row.values())
 
 
 def _near(size: int, unit: int) -> str:

@@ -100,6 +100,27 @@ def test_texts_on_disk_serve_the_next_run(family: str, tmp_path: Path) -> None:
     assert len(seen) >= 2, "nor does another length"
 
 
+def test_memory_for_texts_is_bounded(tmp_path: Path) -> None:
+    plain = build(tmp_path / "a", family="flux")
+    one = kit.size_of(plain._rows(["a bag"])["a bag"])
+    policy = build(tmp_path / "b", family="flux", text_memory_gb=2.5 * one / 1e9)
+    texts, seen = ["a bag", "a boot", "a coat", "a dress"], counted(policy)
+    assert same(policy.encode(texts), plain.encode(texts)) and list(policy._texts) == texts[2:]
+    assert policy._held == 2 * one and len(seen) == 4
+    assert same(policy.encode(texts), plain.encode(texts)) and len(seen) == 6, "what made room is encoded again"
+    policy._stay = False
+    policy.prepare(["a shirt", "a red bag", "a small bag", "a blue bag"])
+    assert len(seen) == 7 and list(policy._texts) == texts[2:], "full: nothing known makes room for what may come"
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    policy, plain = build(tmp_path / "a", text_cache=tmp_path / "file"), build(tmp_path / "b")
+    with pytest.warns(UserWarning, match=r"policy.text_cache: .*file cannot be written, texts stay in memory"):
+        condition = policy.encode(TEXTS)
+    assert same(condition, plain.encode(TEXTS)) and same(policy.encode(TEXTS), condition)
+
+
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_decoding_in_parts_is_decoding(family: str, tmp_path: Path) -> None:
     policy = build(tmp_path, family=family)
