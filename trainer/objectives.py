@@ -180,7 +180,7 @@ class Forward(Objective):
 
     def real(self, x0: Tensor, prompts: Sequence[str], guidance: float, sigmas: Tensor, step: int, log: Log) -> Iterator[Tensor]:
         """The shares of real pictures (B, C, H, W) in their own mean, flow matching alone."""
-        times, size = self.config.loss.times, self.config.sampling.micro_batch
+        times, size, sigmas = self.config.loss.times, self.config.sampling.micro_batch, sigmas.cpu()
         for start in range(0, len(x0), size):
             rows = range(start, min(start + size, len(x0)))
             condition = self.policy.encode([prompts[row] for row in rows])
@@ -227,7 +227,8 @@ class Forward(Objective):
         v = self._velocity(at)
         total = beside.total * self.config.loss.times
         values_B = advantages.values_B[rows].to(v)
-        loss = self._loss(v, at, values_B, rows // self.config.group.size, references, key, beside)
+        group_B = (rows // self.config.group.size).to(v.device)
+        loss = self._loss(v, at, values_B, group_B, references, key, beside)
         kl_B, logged = self._kl(v, references, advantages, rows, beside)
         beside.log({**loss.diagnostics, "loss": float(loss.values_B.detach().mean()), **logged}, len(rows))
         if not per_reward:
@@ -235,7 +236,7 @@ class Forward(Objective):
             return Share(own / total)
         assert advantages.per_reward_RB is not None
         mine = advantages.per_reward_RB[:, rows].to(v)
-        losses = [self._loss(v, at, row, rows, references, key, beside).values_B.sum() / total for row in mine]
+        losses = [self._loss(v, at, row, group_B, references, key, beside).values_B.sum() / total for row in mine]
         return Share(kl_B.sum() / total if kl_B is not None else None, tuple(losses))
 
     def _in_parts(self, rollout: Rollout, advantages: Advantages, rows: Tensor, number: int, beside: Beside) -> Iterator[Share]:
@@ -252,7 +253,8 @@ class Forward(Objective):
                 others.append(self._other_error(v, at, references, (*key, int(part[0])), beside))
         error_B = torch.cat(errors).requires_grad_()
         values_B = advantages.values_B[rows].to(error_B)
-        loss = self.loss_of(error_B, torch.cat(others), values_B, rows // self.config.group.size, **self.options)
+        group_B = (rows // self.config.group.size).to(error_B.device)
+        loss = self.loss_of(error_B, torch.cat(others), values_B, group_B, **self.options)
         (worth_B,) = torch.autograd.grad(loss.values_B.sum(), error_B)
         beside.log({**loss.diagnostics, "loss": float(loss.values_B.detach().mean())}, len(rows))
         for part, worth in zip(rows.split(most), worth_B.split(most), strict=True):
@@ -325,7 +327,8 @@ class Forward(Objective):
         x0 = rollout.latents_BCHW[rows.to(rollout.latents_BCHW.device)]
         places = [rollout.group * size + int(row) for row in rows]
         keys: list[Key] = [("group", place // size) if self.shared else ("row", place) for place in places]
-        drawn = [self.draw(key, number, step, rollout.sigmas, x0.shape[1:]) for key in keys]
+        sigmas = rollout.sigmas.cpu()
+        drawn = [self.draw(key, number, step, sigmas, x0.shape[1:]) for key in keys]
         return self._noised(x0, drawn, rollout.condition[rows.to(x0.device)], rollout.guidance)
 
     def _noised(self, x0: Tensor, drawn: Sequence[tuple[float, Tensor]], condition: Condition, guidance: float) -> Noised:
