@@ -233,5 +233,6 @@ WHAT = {
     "without overlap": "off: the rewards of each rollout are waited for before the next is sampled",
     "with larger batches": "on: {large} pictures in a pass (sampling.micro_batch)",
     "with fewer guided passes": "on: none behind the window (sampling.guided_steps=[0, 6]), which gives other pictures",
+    "with one step ahead": "on: the next step is sampled before this one is learned from (sampling.ahead), one step off-policy",
     "with torch.compile": "on: policy.compile",
 }

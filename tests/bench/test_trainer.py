@@ -80,6 +80,17 @@ def test_texts_that_nobody_keeps() -> None:
     assert len(set(new)) == 4  # the two of one micro-batch are one text
 
 
+def test_rewards_that_are_waited_for() -> None:
+    done: list[Any] = []
+    scorer = SimpleNamespace(submit=lambda pictures: (pictures, "asked"), collect=done.extend)
+    blocked = trainer._without(SimpleNamespace(scorer=scorer), "without overlap")
+    assert scorer.submit("pictures") == ("pictures", "asked") and done == [("pictures", "asked")] and blocked[0] > 0
+
+
+def test_what_is_switched_is_said() -> None:
+    assert trainer_report.WHAT.keys() == trainer.VARIANTS.keys() - {trainer.HERE}
+
+
 def test_prompts_differ() -> None:
     assert len(set(random_pipeline.prompts(300))) == 300
 
