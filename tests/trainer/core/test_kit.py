@@ -110,7 +110,7 @@ def test_memory_for_texts_is_bounded(tmp_path: Path) -> None:
     assert same(policy.encode(texts), plain.encode(texts)) and len(seen) == 6, "what made room is encoded again"
     policy._stay = False
     policy.prepare(["a shirt", "a red bag", "a small bag", "a blue bag"])
-    assert len(seen) == 7 and list(policy._texts) == texts[2:], "full: nothing known makes room for what may come"
+    assert len(seen) == 7 and list(policy._texts) == texts[:2], "full: nothing known makes room for what may come"
 
 
 def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
