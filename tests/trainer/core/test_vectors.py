@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer import tiny
+from tests.trainer import tiny, tiny_families
 from trainer.advantages.group_relative import group_relative
 from trainer.losses.awm import awm
 from trainer.losses.common import velocity_error
@@ -21,6 +21,7 @@ from trainer.losses.guard import guard
 from trainer.losses.nft import nft
 from trainer.policies.ema import EMA
 from trainer.policies.flow import deviation, step
+from trainer.policies.flux import FluxPolicy
 from trainer.policies.sd3 import SD3Policy
 from trainer.regularizers.kl import v_kl, x_kl
 from trainer.sampling.sampler import members
@@ -76,6 +77,15 @@ def test_flow_grpo_steps(vectors: Any, schedule: str, level: str, kind: str) -> 
     drawn = step(x, v, sigmas, index, int(level) / 10, kind, noise=noise)
     np.testing.assert_allclose(drawn.prev, vectors[key + "prev"], **TOLERANCE)
     np.testing.assert_allclose(1000 * sigmas[:-1], vectors[at + "timesteps"], **TOLERANCE)
+
+
+def test_flux_schedules(vectors: Any, tmp_path: Path) -> None:
+    policy = FluxPolicy.load(tiny_families.write("flux", tmp_path), max_sequence_length=tiny.LENGTH)
+    published = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    policy.pipeline.scheduler.register_to_config(**published)
+    for steps, tokens in ((6, 1024), (28, 4096)):
+        side = 4 * int(tokens**0.5)  # this autoencoder halves, and a token is 2x2
+        np.testing.assert_allclose(policy.sigmas(steps, side, side), vectors[f"sde_flux_{steps}_{tokens}_sigmas"], **TOLERANCE)
 
 
 def test_sd3_schedules(vectors: Any, tmp_path: Path) -> None:
