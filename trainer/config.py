@@ -431,7 +431,8 @@ class LossConfig(Frozen):
         for name, about in type(self).model_fields.items():
             if name != "use" and name not in LOSS_READS[self.use] and getattr(self, name) != about.default:
                 users = ", ".join(use for use, names in LOSS_READS.items() if name in names)
-                raise ValueError(f"{name} is nothing that loss.use={self.use} reads (only {users}): remove it")
+                off = "null" if about.default is None else about.default
+                raise ValueError(f"{name} is nothing that loss.use={self.use} reads (only {users}): set loss.{name}={off}")
         if self.use == "rft" and (self.keep is None) == (self.keep_above is None):
             raise ValueError("rft learns from the better pictures: set one of loss.keep, e.g. 0.25, and loss.keep_above, e.g. 0")
         if (self.real is None) != (self.real_share == 0):
@@ -645,11 +646,15 @@ class RunConfig(Frozen):
                     "advantages.use=base_bonus needs one reward with role=base and one or more with role=bonus among those with a "
                     f"weight; it has {', '.join(f'{name}: {reward.role}' for name, reward in trained.items())}"
                 )
-        if trained and all(reward.compare is not None for reward in trained.values()) and self.eval.monitors is None:
+        single, by = [name for name, reward in self.rewards.items() if reward.compare is None], self.checkpoint_best
+        blind = by == "total" or (by == "distance" and self.eval.monitors is None)
+        if trained and not set(single) & set(trained) and blind:
             raise ValueError(
                 "win rates tell which picture of a group is better, not whether the policy is: nothing would tell the best checkpoint. "
-                "Set eval.monitors, or give a reward that scores single pictures a weight"
+                "Set eval.monitors and checkpoint_best=distance, or checkpoint_best=heldout:NAME, or give a reward of single pictures a weight"
             )
+        if by.removeprefix("heldout:") in set(self.rewards) - set(single):
+            raise ValueError(f"checkpoint_best={by} is a win rate, which says nothing across evaluations: name another")
         return self
 
     @model_validator(mode="after")
