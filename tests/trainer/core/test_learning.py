@@ -538,7 +538,7 @@ def missing(policy: Any, name: str) -> Any:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"loss": {"use": "nft", "clip_low": 1e-4}}, "clip_low is nothing that loss.use=nft reads"),
+    ({"loss": {"use": "nft", "clip_low": 1e-4}}, "clip_low is nothing that loss.use=nft reads.*set loss.clip_low=null"),
     ({"loss": {"use": "grpo", "beta": 1.0}}, "beta is nothing that loss.use=grpo reads"),
     ({"loss": {"clip_low": 0.2}}, r"loss\.clip_low=0\.2 does not belong to loss\.use=grpo.*published range is 0\.0001"),
     ({"loss": {"use": "guard"}, "sampling": {"kind": "cps"}}, "guard is not defined for sampling.kind=cps"),
