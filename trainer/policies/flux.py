@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.config import ConfigError
-from trainer.policies.kit import JOINT_ATTENTION, LoraOptions, Policy, PolicyOptions, Row, pack, unpack
+from trainer.policies.kit import JOINT_ATTENTION, LoraOptions, Policy, PolicyOptions, pack, unpack
+from trainer.policies.texts import Row
 from trainer.types import Condition
 
 

@@ -7,8 +7,6 @@ called (`velocity`). Latents are (B, C, H, W) float32 outside; packing happens i
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +19,13 @@ from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.config import ConfigError
+from trainer.policies.texts import Row, Texts, fingerprint
 from trainer.sharding import wearing, whole
 from trainer.types import Condition
 
@@ -38,7 +37,6 @@ FAMILIES = {
 }
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-Row = dict[str, Tensor]
 
 
 class LoraOptions(BaseModel):
@@ -87,20 +85,21 @@ class Policy:
         self.options, self.pipeline = options, pipeline
         self.transformer = pipeline.transformer
         self.transformer.requires_grad_(False)
-        self._encoders = [module for name in self.encoders if (module := getattr(pipeline, name)) is not None]
-        stay = options.text_encoders == "keep" or self.device.type == "cpu"
-        for module in self._encoders:
-            module.requires_grad_(False).eval().to(self.device if stay else "cpu")
-        self._stay = stay
+        self.texts = Texts(
+            lambda text: self._text(text),
+            [module for name in self.encoders if (module := getattr(pipeline, name)) is not None],
+            self.device,
+            stay=options.text_encoders == "keep" or self.device.type == "cpu",
+            folder=options.text_cache,
+            most=options.text_memory_gb * 1e9,
+            about=f"{type(self).__name__}/{options.max_sequence_length}/{options.dtype}",
+        )
+        self._negative: Condition | None = None
         # half precision loses the decoder's last bits, and detectors see them
         pipeline.vae.requires_grad_(False).eval().to(self.device).float()
         if options.vae_tiling:
             pipeline.vae.enable_tiling()
         self._fingerprint = fingerprint(self.transformer)
-        self._texts: dict[str, Row] = {}
-        self._held, self._folder = 0, options.text_cache
-        self._negative: Condition | None = None
-        self._cache_key = ""
         if options.lora is None:
             self.transformer.float().requires_grad_(True)
         else:
@@ -151,24 +150,12 @@ class Policy:
         raise NotImplementedError
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode these texts ahead, as far as `text_memory_gb` reaches, so that the encoders need not come back for them.
-
-        Nothing happens where the encoders stay on the device anyway.
-        """
-        folder = self._folder
-        wanted = [*([self.options.negative_prompt] if self.two_passes else []), *dict.fromkeys(prompts)]
-        new = [t for t in wanted if t not in self._texts and (folder is None or not self._place(folder, t).is_file())]
-        if new and not self._stay:
-            with self._encoders_here():
-                for text in new:
-                    row = self._text_row(text)
-                    if self._folder is None and self._held + size_of(row) > self.options.text_memory_gb * 1e9:
-                        break
-                    self._keep(text, row)
+        """Encode these texts ahead, as far as `text_memory_gb` reaches, so that the encoders need not come back for them."""
+        self.texts.prepare([*self._always, *prompts])
 
     def encode(self, prompts: list[str]) -> Condition:
         """Conditions of B prompts, on the device; each text is encoded once and kept in main memory or in `text_cache`."""
-        rows = self._rows(prompts)
+        rows = self.texts.rows([*self._always, *prompts])
         out = {}
         for key in rows[prompts[0]]:
             values = [rows[text][key] for text in prompts]
@@ -177,65 +164,15 @@ class Policy:
             out[key] = stacked.to(self.device, self.dtype if stacked.is_floating_point() else None)
         return Condition(out)
 
+    @property
+    def _always(self) -> list[str]:
+        return [self.options.negative_prompt] if self.two_passes else []
+
     def _without(self) -> Mapping[str, Tensor]:
         """The condition of the negative prompt, B = 1; it stays on the device."""
         if self._negative is None:
             self._negative = self.encode([self.options.negative_prompt])
         return self._negative.tensors
-
-    def _rows(self, prompts: Sequence[str]) -> dict[str, Row]:
-        wanted = dict.fromkeys([*([self.options.negative_prompt] if self.two_passes else []), *prompts])
-        found = {text: self._texts[text] for text in wanted if text in self._texts}
-        if self._folder is not None:
-            for text in wanted.keys() - found.keys():
-                if (row := read_row(self._place(self._folder, text))) is not None:
-                    found[text] = row
-        new = [text for text in wanted if text not in found]
-        if new:
-            with self._encoders_here():
-                for text in new:
-                    found[text] = self._text_row(text)
-                    self._keep(text, found[text])
-        return found
-
-    @torch.no_grad()
-    def _text_row(self, text: str) -> Row:
-        return {k: v.cpu() for k, v in self._text(text).items()}
-
-    def _keep(self, text: str, row: Row) -> None:
-        """On disk, or in main memory, where the oldest make room."""
-        if self._folder is not None:
-            try:
-                return write_row(self._place(self._folder, text), row)
-            except (OSError, SafetensorError) as error:
-                warnings.warn(f"policy.text_cache: {self._folder} cannot be written, texts stay in memory: {error}", stacklevel=3)
-                self._folder = None
-        self._texts[text] = row
-        self._held += size_of(row)
-        while self._held > self.options.text_memory_gb * 1e9 and len(self._texts) > 1:
-            self._held -= size_of(self._texts.pop(next(iter(self._texts))))
-
-    def _place(self, folder: Path, text: str) -> Path:
-        """File of an encoded text: named after the encoders, what shapes a text, and the text itself."""
-        if not self._cache_key:
-            digest = hashlib.sha256(f"{type(self).__name__}/{self.options.max_sequence_length}/{self.options.dtype}".encode())
-            for module in self._encoders:
-                digest.update(fingerprint(module).encode())
-            self._cache_key = digest.hexdigest()[:16]
-        return folder / self._cache_key / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
-
-    @contextlib.contextmanager
-    def _encoders_here(self) -> Iterator[None]:
-        try:
-            for module in self._encoders:
-                module.to(self.device)
-            yield
-        finally:
-            if not self._stay:
-                for module in self._encoders:
-                    module.to("cpu")
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
 
     def _network(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's output; full fine-tuning keeps float32 weights and computes in `dtype`."""
@@ -439,15 +376,6 @@ def read_index(path: str, revision: str | None) -> tuple[dict[str, Any], bool]:
         raise FileNotFoundError(f"{missing}. The hub did not give it ({first}); gated models need `hf auth login` first") from error
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes, types and the first values of all tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def dynamic_shift(tokens: int, config: Mapping[str, Any]) -> float:
     """mu, linear in the number of image tokens, as the pipelines compute it."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -467,33 +395,6 @@ def unpack(x_BTD: Tensor, height: int, width: int) -> Tensor:
     b, _, d = x_BTD.shape
     x = x_BTD.reshape(b, height // 2, width // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, d // 4, height, width)
-
-
-def read_row(path: Path) -> Row | None:
-    """An encoded text, or None where there is none that can be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-
-
-def write_row(path: Path, row: Row) -> None:
-    """Whole or not at all, also when several runs write the same text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".building")
-    os.close(handle)
-    try:
-        save_file({k: v.contiguous() for k, v in row.items()}, beside)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
-def size_of(row: Row) -> int:
-    """Bytes of an encoded text."""
-    return sum(v.numel() * v.element_size() for v in row.values())
 
 
 def _near(size: int, unit: int) -> str:

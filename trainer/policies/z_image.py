@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from pydantic import Field
 from torch import Tensor
 
-from trainer.policies.kit import LoraOptions, Policy, PolicyOptions, Row
+from trainer.policies.kit import LoraOptions, Policy, PolicyOptions
+from trainer.policies.texts import Row
 from trainer.types import Condition
 
 

@@ -19,6 +19,7 @@ from tests.trainer.core.test_families import LENGTHS, PROMPTS, SMALL, build, pus
 from trainer.config import RECIPES, ConfigError, load
 from trainer.policies import kit
 from trainer.policies.sd3 import SD3Policy
+from trainer.policies.texts import Row, size_of
 from trainer.registry import REGISTRY, resolve
 
 TEXTS = [p.text for p in PROMPTS]
@@ -44,7 +45,7 @@ def counted(policy: Any) -> list[str]:
     seen: list[str] = []
     encode = policy._text
 
-    def text(prompt: str) -> kit.Row:
+    def text(prompt: str) -> Row:
         seen.append(prompt)
         return encode(prompt)
 
@@ -60,18 +61,18 @@ def same(a: Any, b: Any) -> bool:
 def test_a_text_is_encoded_once_and_the_encoders_leave(family: str, tmp_path: Path) -> None:
     policy = build(tmp_path, family=family)
     seen, moves = counted(policy), []
-    policy._stay = False  # as on an accelerator, where "cpu" is away
-    for module in policy._encoders:
+    policy.texts.stay = False  # as on an accelerator, where "cpu" is away
+    for module in policy.texts.encoders:
         module.to = lambda where: moves.append(str(where))  # type: ignore[assignment]
     policy.prepare(TEXTS)
     negative = [policy.options.negative_prompt] if policy.two_passes else []
     assert seen == [*negative, *dict.fromkeys(TEXTS)]
-    assert moves == ["cpu"] * 2 * len(policy._encoders)
+    assert moves == ["cpu"] * 2 * len(policy.texts.encoders)
     velocity(policy, 3.0)
     policy.encode(TEXTS)
-    assert len(seen) == len(negative) + 2 and len(moves) == 2 * len(policy._encoders), "known texts call nobody back"
+    assert len(seen) == len(negative) + 2 and len(moves) == 2 * len(policy.texts.encoders), "known texts call nobody back"
     policy.encode(["a coat"])
-    assert seen[-1] == "a coat" and len(moves) == 4 * len(policy._encoders)
+    assert seen[-1] == "a coat" and len(moves) == 4 * len(policy.texts.encoders)
 
 
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
@@ -81,7 +82,7 @@ def test_texts_on_disk_serve_the_next_run(family: str, tmp_path: Path) -> None:
     plain = build(tmp_path / "b", family=family)
     expected = plain.encode(TEXTS)
     first.prepare(TEXTS)
-    assert same(first.encode(TEXTS), expected) and not first._texts, "with a folder, memory holds none"
+    assert same(first.encode(TEXTS), expected) and not first.texts.known, "with a folder, memory holds none"
     second = build(tmp_path / "c", family=family, text_cache=cache)
     seen = counted(second)
     assert same(second.encode(TEXTS), expected) and torch.equal(velocity(second, 3.0), velocity(plain, 3.0)) and not seen
@@ -102,15 +103,15 @@ def test_texts_on_disk_serve_the_next_run(family: str, tmp_path: Path) -> None:
 
 def test_memory_for_texts_is_bounded(tmp_path: Path) -> None:
     plain = build(tmp_path / "a", family="flux")
-    one = kit.size_of(plain._rows(["a bag"])["a bag"])
+    one = size_of(plain.texts.rows(["a bag"])["a bag"])
     policy = build(tmp_path / "b", family="flux", text_memory_gb=2.5 * one / 1e9)
     texts, seen = ["a bag", "a boot", "a coat", "a dress"], counted(policy)
-    assert same(policy.encode(texts), plain.encode(texts)) and list(policy._texts) == texts[2:]
-    assert policy._held == 2 * one and len(seen) == 4
+    assert same(policy.encode(texts), plain.encode(texts)) and list(policy.texts.known) == texts[2:]
+    assert policy.texts.held == 2 * one and len(seen) == 4
     assert same(policy.encode(texts), plain.encode(texts)) and len(seen) == 6, "what made room is encoded again"
-    policy._stay = False
+    policy.texts.stay = False
     policy.prepare(["a shirt", "a red bag", "a small bag", "a blue bag"])
-    assert len(seen) == 7 and list(policy._texts) == texts[:2], "full: nothing known makes room for what may come"
+    assert len(seen) == 7 and list(policy.texts.known) == texts[:2], "full: nothing known makes room for what may come"
 
 
 def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
