@@ -230,9 +230,15 @@ class Run:
         for name, part in self.stateful.items():
             own, learned["state"][name] = part.state()
             tensors |= {f"state/{name}/{key}": value for key, value in own.items()}
+        problem: OSError | None = None
         if not self.quiet:
-            self._write(tensors, learned)
-        self.world.wait()
+            try:
+                self._write(tensors, learned)
+            except OSError as error:
+                problem = error
+        said = self.world.same(None if problem is None else str(problem))  # all ranks go on or fail together
+        if said is not None:
+            raise checkpoint.NotSaved(said) from problem
 
     def _write(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
         self.metrics.sync()

@@ -22,6 +22,7 @@ from tests.trainer.run.service import Service, recipe, serve
 from trainer import checkpoint, loop, memory, outage
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import Metrics, read
+from trainer.parallel import World
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -334,10 +335,28 @@ def test_what_is_wrong_with_the_geometry_is_said_before_a_service_is_missed(tmp_
         loop.Run(config("http://127.0.0.1:9", sampling=sampling), tmp_path / "run")
 
 
-def test_quiet_writes_nothing_and_computes_the_same(service: Service, whole: Path, tmp_path: Path) -> None:
-    made = loop.Run(config(service.url, checkpoint_every=1), tmp_path / "run", quiet=True)
+class Second(World):
+    """The second rank of two that both have all groups."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=1)
+
+    def rows(self, count: int) -> slice:
+        return slice(0, count)
+
+    def same(self, value: Any) -> Any:
+        return value
+
+
+def test_a_second_rank_writes_nothing_and_computes_the_same(
+    service: Service, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = loop.Run(config(service.url, checkpoint_every=1), tmp_path / "run", world=Second())
     lines = [made.evaluate(), made.step()]
     made.save()
+    monkeypatch.setattr(made.world, "same", lambda value: "the disk of rank 0 is full")
+    with pytest.raises(checkpoint.NotSaved, match="of rank 0"):
+        made.save()
     made.close()
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
     assert [made.metrics.evaluations[0]["reward/total"], lines[1]["loss"]] == [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.run.service import recipe, serve
@@ -29,6 +29,7 @@ def auto(url: str, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(recipe(url, sampling=sampling, **changes))
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 1000),
     st.integers(0, 10**6),
