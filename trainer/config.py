@@ -653,7 +653,7 @@ class RunConfig(Frozen):
                 "win rates tell which picture of a group is better, not whether the policy is: nothing would tell the best checkpoint. "
                 "Set eval.monitors and checkpoint_best=distance, or checkpoint_best=heldout:NAME, or give a reward of single pictures a weight"
             )
-        if by.removeprefix("heldout:") in set(self.rewards) - set(single):
+        if by.startswith("heldout:") and by.removeprefix("heldout:") in set(self.rewards) - set(single):
             raise ValueError(f"checkpoint_best={by} is a win rate, which says nothing across evaluations: name another")
         return self
 
