@@ -237,15 +237,17 @@ def agree(c: Any, micro_batch: int) -> dict[str, float]:
 
     policy, peer, s = load_policy(c), Loop(settings(c, micro_batch), []), c.sampling
     learner = Learner(policy, c)
-    weights, chance = policy.trainable(), torch.Generator().manual_seed(1)
+    weights = policy.trainable()
 
-    def push(scale: float) -> None:
+    def push(scale: float, seed: int) -> None:
+        """Move both along the same random direction."""
+        chance = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.add_((scale * torch.randn(parameter.shape, generator=chance)).to(parameter))
                 peer.weights[name].copy_(parameter)
 
-    push(0.1)
+    push(0.4 / (peer.transformer.config.num_attention_heads * peer.transformer.config.attention_head_dim) ** 0.5, 1)
     text, seeds, first = "a photo of the bag", list(range(10, 10 + micro_batch)), 7
     shape = policy.latent_shape(s.height, s.width)
     rollout = sample(
@@ -268,9 +270,11 @@ def agree(c: Any, micro_batch: int) -> dict[str, float]:
         "states": float((theirs.states_BT - rollout.states_BT).abs().max()),
         "logp": float((theirs.logp_BT - rollout.logp_old_BT).abs().max()),
     }
-    scale = 1e-5
-    while ratio_deviation(policy, rollout, micro_batch) < 2 * c.loss.clip_low:  # some of the ratios beyond the clip range
-        push(scale := 4 * scale)
+    scale, moved, seen = 1e-5, 0.0, 0.0
+    while seen < 0.2 * c.loss.clip_low:  # what rounding alone does is far below
+        push(scale - moved, 2)
+        seen, moved, scale = ratio_deviation(policy, rollout, micro_batch), scale, 4 * scale
+    push(moved * (1.5 * c.loss.clip_low / seen - 1), 2)  # some of the ratios are beyond the clip range, some are not
     told = Trajectory(text, theirs.embeds, theirs.pooled, rollout.states_BT, rollout.logp_old_BT, rollout.images_BHWC)
     advantages_B = torch.linspace(-1, 1, micro_batch)
     got: dict[str, list[torch.Tensor]] = {}
