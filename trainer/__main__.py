@@ -29,7 +29,7 @@ from rich.table import Table
 from shared import arena
 from shared.errors import VerismError
 from trainer import checkpoint
-from trainer.config import ConfigError, RunConfig, Stopped, dump, load, recipe_names
+from trainer.config import FORWARD, ConfigError, RunConfig, Stopped, dump, load, recipe_names
 
 TRAIN_HELP = """\
 start the services first (`make serve`), then:
@@ -319,6 +319,8 @@ def _estimate(run: Any) -> str:
     """Cost of the whole run, from the trajectory that was checked at the start: sampled steps, about three times as much per trained one."""
     c = run.config
     s, w = c.sampling, c.sampling.window or 0
+    if not run.accepted_s or c.clip_range() is None or c.loss.use in FORWARD:  # no trajectory was drawn
+        return f"{c.group.size * c.group.prompts * (c.steps - run.done) * len(c.rewards)} scores; --dry-run estimates the time"
     groups = max(1, min(c.group.prompts, s.micro_batch // c.group.size))
     unit = run.accepted_s / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
     passes = s.steps + w * (4 if c.kl.weight > 0 else 3)

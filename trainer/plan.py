@@ -55,7 +55,8 @@ def rehearse(run: Any) -> Rehearsal:
         stage[0], start = "training", time.monotonic()
         signs_B = torch.tensor([1.0, -1.0] * out.count)[: out.count].double()
         run.learner.begin(float(out.count), run.done)
-        run.learner.accumulate(rollout, Advantages(signs_B, torch.ones_like(signs_B), 0, 0))
+        each_RB = signs_B.expand(sum(reward.weight > 0 for reward in run.config.rewards.values()), -1)
+        run.learner.accumulate(rollout, Advantages(signs_B, torch.ones_like(signs_B), 0, 0, each_RB))
         out.seconds["seconds/train"] = time.monotonic() - start
     finally:
         del policy.velocity

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.trainer.run.service import recipe, serve
 from tests.trainer.run.test_faults import numbers, run
-from trainer import checkpoint, loop, memory
+from trainer import checkpoint, loop, memory, plan
 from trainer.__main__ import train
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import read
@@ -129,8 +129,8 @@ def test_what_counts_as_memory_that_ended() -> None:
 def test_a_dry_run_needs_no_service_and_says_what_a_step_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serve() as service:
         rewards = {"brightness": {"url": service.url}, "absent": {"url": "http://127.0.0.1:9"}}
-        plan = recipe("x", rewards=rewards, sampling={**recipe("x")["sampling"], "micro_batch": 4})  # type: ignore[dict-item]
-        (tmp_path / "tiny.yaml").write_text(json.dumps(plan))
+        planned = recipe("x", rewards=rewards, sampling={**recipe("x")["sampling"], "micro_batch": 4})  # type: ignore[dict-item]
+        (tmp_path / "tiny.yaml").write_text(json.dumps(planned))
         assert train([str(tmp_path / "tiny.yaml"), "--dry-run", "--run-dir", str(tmp_path / "run"), "steps=7"]) == 0
         assert service.requests == [], "nothing was scored"
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -151,6 +151,22 @@ def test_a_dry_run_needs_no_service_and_says_what_a_step_is(tmp_path: Path, caps
     ):
         assert figure in said, figure
     assert not (tmp_path / "run").exists()
+
+
+def test_every_kind_of_learning_can_be_rehearsed(tmp_path: Path) -> None:
+    """With two rewards whose gradients are mixed, and with a reference; the weights stay as they are, and nothing is left behind."""
+    url = {"url": "http://127.0.0.1:9"}
+    sampling = {"steps": 6, "window": None, "height": 28, "width": 28, "micro_batch": 4}
+    options: dict[str, Any] = {"sampling": sampling, "group": {"prompts": 1, "size": 4}, "kl": {"weight": 0.0}}
+    mixed = {"loss": {"use": "nft", "marble_every": 1}, "rewards": {"a": url, "b": url}, "advantages": {"per_reward": True}}
+    for name, more in (("mixed", mixed), ("pairs", {"loss": {"use": "dpo"}})):
+        made = loop.Run(RunConfig.model_validate(recipe("x", **options, **more)), tmp_path / name, services=False)
+        before = {key: weight.detach().clone() for key, weight in made.weights.items()}
+        seen = plan.rehearse(made)
+        assert (seen.calls["sampling"], seen.pictures["sampling"], seen.window) == (6, 24, (0, 0))
+        assert seen.calls["training"] >= 4 and bool(seen.calls["reference"]) == (name == "pairs")
+        assert all(torch.equal(before[key], weight) and weight.grad is None for key, weight in made.weights.items())
+        made.close()
 
 
 def test_a_dry_run_of_a_recipe_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
