@@ -221,6 +221,11 @@ UNBOUND = (
 FREE = (
     "sampling.micro_batch",
     "policy.gradient_checkpointing",
+    "policy.compile",
+    "policy.text_encoders",
+    "policy.text_cache",
+    "policy.text_memory_gb",
+    "policy.decode_pixels",
 )  # no other task, though other windows and rounding: allowed, and told
 
 

@@ -71,6 +71,8 @@ class Run:
         self.told: list[str] = []  # what a resumed run has to say
         self.prompts = read_prompts(config.prompts)
         self.policy = load_policy(config)
+        if self.policy.device.type != "cpu":  # the encoders need not come back for each new prompt
+            self.policy.prepare([prompt.text for part in self.prompts for prompt in part])
         if config.parallel.shard and services:
             sharding.shard(self.policy, config, world.size)
         self.sampler = Sampler(self.policy, config)

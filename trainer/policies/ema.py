@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from trainer.sharding import wearing
 
