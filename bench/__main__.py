@@ -1,4 +1,4 @@
-"""Run benchmarks: `make bench`, `python -m bench http --rounds 5`, `python -m bench trainer --quick`."""
+"""Run benchmarks: `make bench`, `python -m bench http --rounds 5`, `python -m bench trainer --quick`, `python -m bench algorithms`."""
 
 import argparse
 import sys
@@ -11,6 +11,10 @@ def main() -> int:
         from bench import trainer  # it has options of its own
 
         return trainer.main(sys.argv[2:])
+    if sys.argv[1:2] == ["algorithms"]:
+        from bench import algorithms
+
+        return algorithms.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "name", nargs="?", choices=["http"], default="http", help="http: the detector through HTTP against a plain loop"
