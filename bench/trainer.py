@@ -11,12 +11,13 @@ by switching it off in Verism, or on. Peak memory is a process's own during step
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,14 +160,13 @@ class Peak:
 Step = Callable[[int], dict[str, float]]
 
 
-def loop(c: Any, size: str, texts: Sequence[str], urls: dict[str, str]) -> Step:
+@contextlib.contextmanager
+def loop(c: Any, size: str, texts: Sequence[str], urls: dict[str, str]) -> Iterator[Step]:
     """The peer, asking each service by a client of its own."""
     from bench.peers.trainer_loop import Loop
     from shared.client import RewardClientSync
 
-    def service(name: str) -> Any:
-        client = RewardClientSync({name: urls[name]}, timeout_s=120)
-
+    def service(client: RewardClientSync) -> Any:
         def ask(images: Any, prompts: Sequence[str]) -> list[float]:
             table = client.score(list(images), list(prompts))
             assert table.mask_RB.all(), table.failures
@@ -174,12 +174,15 @@ def loop(c: Any, size: str, texts: Sequence[str], urls: dict[str, str]) -> Step:
 
         return ask
 
-    work = WORK[size]
-    made = Loop(settings(c, work.micro_batch), [service(name) for name in urls])
-    return lambda number: made.step([texts[(number * work.prompts + n) % len(texts)] for n in range(work.prompts)], number)
+    count = WORK[size].prompts
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RewardClientSync({name: url}, timeout_s=120)) for name, url in urls.items()]
+        made = Loop(settings(c, WORK[size].micro_batch), [service(client) for client in clients])
+        yield lambda number: made.step([texts[(number * count + n) % len(texts)] for n in range(count)], number)
 
 
-def here(c: Any, variant: str, folder: Path) -> Step:
+@contextlib.contextmanager
+def here(c: Any, variant: str, folder: Path) -> Iterator[Step]:
     """The run that `verism-train` takes its steps with."""
     from trainer.loop import Run
 
@@ -195,7 +198,10 @@ def here(c: Any, variant: str, folder: Path) -> Step:
         told = {"wait": line["seconds/wait"] + blocked[0], "train": line["seconds/train"]}
         return {"step": seconds, "sample": seconds - sum(told.values()), **told, "loss": line["loss"]}
 
-    return step
+    try:
+        yield step
+    finally:
+        run.close()
 
 
 def _without(run: Any, variant: str) -> list[float]:
@@ -322,9 +328,11 @@ def child(told: dict[str, Any]) -> None:
     if variant == "agree":
         print(json.dumps(agree(c, WORK[size].micro_batch)), file=out, flush=True)
         return
-    with tempfile.TemporaryDirectory() as own:
-        texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-        step = loop(c, size, texts, told["urls"]) if variant == LOOP else here(c, variant, Path(own))
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with (
+        tempfile.TemporaryDirectory() as own,
+        loop(c, size, texts, told["urls"]) if variant == LOOP else here(c, variant, Path(own)) as step,
+    ):
         peak, process = Peak(device), psutil.Process()
         print(json.dumps({}), file=out, flush=True)
         for line in sys.stdin:

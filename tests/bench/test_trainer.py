@@ -115,3 +115,27 @@ def test_ratios_within_a_round() -> None:
     rows = {trainer.LOOP: [{"step": 4.0}, {"step": 6.0}], trainer.HERE: [{"step": 2.0}, {"step": 2.0}]}
     assert trainer_report.ratios(rows, trainer.LOOP, trainer.HERE) == [2.0, 3.0]
     assert trainer_report.shown([2.0, 3.0, 4.0]) == "3.00 (2.00-4.00)"
+
+
+@pytest.mark.e2e
+def test_every_way_takes_a_step(folder: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    peak = trainer.Peak("cpu")
+    with trainer_report.services(tmp_path) as urls:
+        ways = [trainer.LOOP, *(name for name in trainer.VARIANTS if name != "with torch.compile")]
+        rows: trainer_report.Rows = {}
+        for name in ways:
+            changes = {"height": 16, "width": 16, **trainer.VARIANTS.get(name, {})}
+            c = trainer.recipe("tiny", folder / "tiny", folder / "prompts.jsonl", urls, **changes)
+            way = trainer.loop(c, "tiny", texts, urls) if name == trainer.LOOP else trainer.here(c, name, tmp_path / name)
+            with way as step:
+                peak.reset()
+                rows[name] = [{**step(0), "cpu": 0.0, "peak": peak.read()}]
+            assert rows[name][0]["step"] > 0 and rows[name][0]["wait"] >= 0 and rows[name][0]["peak"] > 100
+    assert rows[trainer.LOOP][0]["wait"] > 12 * trainer.SLEEP_MS / 1000  # four groups, three services, one after another
+    told = trainer_report.summary("tiny", rows)
+    assert told[trainer.LOOP]["faster_than_the_loop"] == [1.0, 1.0, 1.0]
+    parts = {"transformer": 1}
+    trainer_report.show(
+        "tiny", "cpu", {"rows": rows, "summary": told, "parameters": parts, "apart": {"loss": 0.0, "gradient": 0.0}}
+    )
