@@ -192,6 +192,14 @@ def _whole(size: int, group: int) -> int:
     return size - size % group if size >= group else max(d for d in range(1, size + 1) if group % d == 0)
 
 
+def even(size: int, groups: int, group: int) -> int:
+    """The smallest size that takes no more passes for a step than `size` does, in whole groups."""
+    if size < group:
+        return size
+    passes = math.ceil(groups / (size // group))
+    return math.ceil(groups / passes) * group
+
+
 def reserved(policy: ImagePolicy, config: RunConfig, shape: tuple[int, ...]) -> int:
     """Bytes that a step needs besides a micro-batch: moments, average and a snapshot of what is trained, and the paths of all pictures."""
     trained = weigh(policy.trainable().values())
@@ -232,6 +240,7 @@ def fitted(
             f"one picture of {config.sampling.height}x{config.sampling.width} does not fit: {checkpoint.size(max(budget, 0))} of "
             f"{device} may be taken. Set policy.gradient_checkpointing=true, policy.dtype=bfloat16, or smaller sampling.height and .width."
         )
+    size = even(size, config.group.prompts, config.group.size)
     tried = {str(n): count for n, count in sorted(took.items())}
     checkpoint.write_json(place, {"micro_batch": size, "device": str(device), "budget": int(budget), "bytes": tried})
     return _with(config, size)

@@ -59,6 +59,14 @@ def test_the_chosen_size_fits_and_is_made_of_whole_groups(
     assert 2 * size > min(fits, most) - group, "no more than half is given away beyond the groups"
 
 
+@given(st.integers(1, 600), st.integers(1, 64), st.integers(2, 24))
+@settings(deadline=None)
+def test_passes_of_a_step_are_about_equal(size: int, groups: int, group: int) -> None:
+    out = memory.even(size, groups, group)
+    assert out <= size and (size < group or (out % group == 0 and -(-groups // (out // group)) == -(-groups // (size // group))))
+    assert memory.even(252, 32, 12) == 192
+
+
 def test_a_machine_too_small_for_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free", lambda device: 1000)
     with pytest.raises(ConfigError, match=r"gradient_checkpointing=true"):
