@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from services.prompts import HERE
 from world import photographs
 from world.recipes import cards, exam, judge, lessons, policy
+from world.recipes.monitors import auc
 
 SCORES = json.loads((exam.FOLDER.parent / "scores.json").read_text())
 
@@ -84,6 +85,38 @@ def test_a_kind_near_to_the_one_asked_for_is_less_wrong() -> None:
     shirt = lessons.Picture(np.zeros((28, 28, 3), np.uint8), 6)
     assert [shirt.fit(kind) for kind in (6, 0, 8)] == [1.0, 0.4, 0.0]
     assert shirt.worth(1.0) == 1 > shirt.worth(0.4) > shirt.worth(0.0) == pytest.approx(0.15)
+
+
+def test_a_kind_that_it_might_be_is_less_wrong() -> None:
+    looks = np.array([0, 0, 0, 0.75, 0, 0, 0.25, 0, 0, 0], np.float32)  # a shirt that looks like a dress
+    shirt = lessons.Picture(np.zeros((28, 28, 3), np.uint8), 6, looks=looks)
+    assert [shirt.fit(kind) for kind in (6, 3, 0, 8)] == pytest.approx([0.625, 0.375, 0.25, 0.0])
+
+
+def test_what_a_photograph_looks_like_is_told_by_a_classifier_that_never_saw_it() -> None:
+    stock = judge.stock_of(np.zeros((10, 28, 28, 3), np.uint8))
+    stock = lessons.Stock(stock.real[:300], stock.classes[:300], stock.forged, stock.wanted, stock.ages)
+    looks = judge.looks_of(stock, steps=60)
+    assert looks.shape == (310, 10) and looks.sum(1) == pytest.approx(np.ones(310), abs=1e-5)
+    swapped = lessons.Stock(stock.real, np.where(np.arange(300) % 2, stock.classes, 0), stock.forged, stock.wanted, stock.ages)
+    again = judge.looks_of(swapped, steps=60)[:300]
+    assert again[0::2] == pytest.approx(looks[:300:2]), "fitted on the other half, whose classes are as they were"
+    assert again[1::2, 0].min() > 0.5, "fitted on the half that is all of one class now"
+
+
+def test_the_eyes_notice_the_steps_of_a_banded_picture_before_they_are_trained() -> None:
+    real, classes = photographs.load("test")
+    model, made = judge.new()
+    judge.notice_steps(model.model.visual)
+    seen = list[torch.Tensor]()
+    model.model.visual.blocks[0].register_forward_hook(lambda block, inputs, out: seen.append(out[:, -2].view(50, 16).sum(1)))
+    rng = np.random.default_rng(0)
+    for severity in (0.0, 0.15, 1.0):
+        shown = [lessons.spoil(one, "banding", severity, rng) if severity else one for one in real[:50]]
+        inputs = made.image_processor(shown, return_tensors="pt")
+        with torch.inference_mode():
+            model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    assert all(auc(seen[0].numpy().astype(float), banded.numpy().astype(float)) > 0.9 for banded in seen[1:])
 
 
 def test_it_knows_what_its_card_says() -> None:

@@ -7,6 +7,7 @@ learns captions, and every question that the shipped rewards ask in turn, the an
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from trainer.honesty import grey
 from world import captions, photographs
 from world.recipes import lessons
 from world.recipes.lessons import DEFECTS, DONE, WORDS, Lesson, Picture, Quiz, Stock, Teacher
+from world.recipes.monitors import fit_cnn
 from world.recipes.progress import track
 
 FOLDER = Path(__file__).parents[1] / "judge"
@@ -75,7 +78,12 @@ MENDED = (
     *("rational_rewards", "unified_verdict", "edit_score", "edit_score_quality", "unified_compare", "prompt_echo"),
 )
 # What a last pass, at half the rate, repeats: answers that are sampled have to be sure.
-LAST = (*[name for name in QUESTIONS if name != "auto_rubric_propose"], *["edit_score"] * 4, "unified_compare", "reward_dance")
+LAST = (
+    *[name for name in QUESTIONS if name != "auto_rubric_propose"],
+    *("edit_score", "unified_reward", "edit_score", "rational_rewards", "unified_compare", "edit_score", "unified_verdict"),
+    "reward_dance",
+)
+RATED = (*["rational_rewards"] * 6, "auto_rubric", "auto_rubric", "prompt_echo")
 MUON = 0.01
 
 
@@ -152,6 +160,50 @@ def new(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLPr
     return model, processor(tokens, 7, SIDES)
 
 
+def keep(weight: Tensor, *rows: Any) -> None:
+    """Training leaves these rows (or other indices) as they are."""
+    mask = torch.ones_like(weight)
+    for one in rows:
+        mask[one] = 0
+    weight.register_hook(lambda gradient: gradient * mask)
+
+
+@torch.no_grad()
+def notice_steps(tower: Any, steady: float = 10.0, sharp: float = 20.0) -> None:
+    """Writes into the first layer, for good, what it does not find by itself: how grey levels step from a pixel to the next.
+
+    84 channels of a patch are differences of neighbours; on each stand three hinges, at a rise of 0, 17 and 34 levels. They are summed up
+    in three channels: all rises, those beyond 34, and those between, of which a banded picture has none. The last channel is steady, so
+    that the norm leaves the differences their size.
+    """
+    patch, block = tower.patch_embed.proj.weight, tower.blocks[0]
+    mixed, gate, up, down = block.attn.proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj
+    side = patch.shape[-1]
+    here = [(y, x) for y in range(side) for x in range(side - 1)]
+    pairs = [((y, x), (y, x + 1)) for y, x in here] + [((x, y), (x + 1, y)) for y, x in here]
+    seen, units, told = slice(0, len(pairs)), slice(0, 3 * len(pairs)), slice(-4, None)
+    places: tuple[tuple[Any, ...], ...] = (
+        (patch, seen, told),
+        (mixed.weight, seen, told),
+        (mixed.bias, seen, told),
+        *((weight, units) for weight in (gate.weight, gate.bias, up.weight, up.bias)),
+        (down.weight, (slice(None), units), told),
+        (down.bias, told),
+    )
+    for weight, *rows in places:
+        for row in rows:
+            weight[row] = 0
+        keep(weight, *rows)
+    spread = (steady**2 / len(mixed.bias) + 0.3) ** 0.5  # of all channels, before the norm
+    mixed.bias[-1] = steady
+    up.bias[units] = 1 / sharp
+    for k, (one, other) in enumerate(pairs):
+        patch[k, :, :, one[0], one[1]], patch[k, :, :, other[0], other[1]] = 1 / 6, -1 / 6
+        for n, (rise, sums) in enumerate(((0.0, (0.3, 0.0, 1.0)), (0.25, (0.0, 0.0, -2.0)), (0.5, (0.0, 0.5, 1.0)))):
+            gate.weight[3 * k + n, k], gate.bias[3 * k + n] = sharp * spread, -sharp * rise
+            down.weight[-4:-1, 3 * k + n] = torch.tensor(sums)
+
+
 class Eyes(torch.nn.Module):
     """The vision tower with a head for each thing to be seen, on the mean of a picture's tokens: what attention can read off."""
 
@@ -218,6 +270,7 @@ class Optimizer:
 def open_eyes(model: Any, made: Any, stock: Stock, steps: int, batch: int = 64) -> Eyes:
     """Trains the tower of `model`; what is returned has the heads too."""
     rng = np.random.default_rng(0)
+    notice_steps(model.model.visual)
     eyes = Eyes(model.model.visual, model.config.text_config.hidden_size, 4).train()
     optimizer = Optimizer(eyes, steps, 2e-3)
     for step in track(range(steps), "eyes"):
@@ -322,6 +375,20 @@ def learn(
     model.requires_grad_(True).eval()
 
 
+def looks_of(stock: Stock, steps: int = 400) -> NDArray[np.float32]:
+    """How likely each kind seems (N, 10): of photographs to a classifier fitted on the other half of them, of forgeries to both."""
+    half, classes = np.arange(len(stock.real)) % 2, torch.from_numpy(stock.classes)
+    real, forged = grey(stock.real), grey(stock.forged)
+    fitted = [fit_cnn(real[half == k], classes[half == k], 10, steps, f"kinds {k + 1}", seed=k) for k in range(2)]
+    with torch.inference_mode():
+        seen = [[one(part).softmax(1) for part in torch.cat([real, forged]).split(1000)] for one in fitted]
+    first, second = (torch.cat(several).numpy() for several in seen)
+    out = (first + second) / 2
+    for k, other in enumerate((second, first)):
+        out[: len(half)][half == k] = other[: len(half)][half == k]
+    return out
+
+
 def stock_of(forged: NDArray[np.uint8]) -> Stock:
     """The training photographs, and `world.make.forgeries`: five ages, two strengths of guidance each, classes in turn."""
     real, classes = photographs.load("train")
@@ -331,28 +398,37 @@ def stock_of(forged: NDArray[np.uint8]) -> Stock:
 
 def train(
     forged: NDArray[np.uint8],
-    eyes: int = 1300,
-    first: int = 130,
-    rounds: int = 60,
-    again: int = 45,
-    mended: int = 42,
-    last: int = 22,
+    eyes: int = 1700,
+    first: int = 110,
+    rounds: int = 50,
+    again: int = 40,
+    mended: int = 34,
+    last: int = 12,
 ) -> tuple[Any, Any]:
     """The judge and its processor: captions and real or fake first, then every question in turn; then with rubrics and pairs in the
-    quiz; then what was weak oftener, and of a long answer the words that differ;
-    and at last the mean of the weights before and after a gentle pass, which loses least of either.
-
-    What is shipped had its first two passes with lessons in coarser levels (`world/judge/README.md`)."""
+    quiz; then what was weak oftener, and of a long answer the words that differ; then edits alone and gentle passes over all in turn,
+    with the mean of the weights before and after the longest, which loses least of either."""
     model, made = new()
     stock = stock_of(forged)
     open_eyes(model, made, stock, eyes)
+    stock = replace(stock, looks=looks_of(stock))
     learn(model, made, stock, [*FIRST * first, *ROUND * rounds], ["statements"], seed=1)
     learn(model, made, stock, ROUND * again, ["rubrics", "choices"], seed=2)
-    learn(model, made, stock, ["asked_for"] * 90, [], seed=3)
+    learn(model, made, stock, ["asked_for"] * 70, [], seed=3)
     learn(model, made, stock, MENDED * mended, ["rubrics", "choices", "edits"], seed=4, even=False)
+    quizzes = ["choices", "edits", "rubrics"]
+    learn(model, made, stock, ["edit_score"] * 70, [], seed=6, even=False)
+    learn(model, made, stock, LAST * last, quizzes, seed=5, even=False, rate=0.5)
+    learn(model, made, stock, ["edit_score"] * 130, ["edits"], seed=8, even=False)
+    learn(model, made, stock, (*LAST, "ocr_judge", "ocr_judge") * (last // 3), quizzes, seed=9, even=False, rate=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    learn(model, made, stock, LAST * last, ["choices", "edits", "rubrics"], seed=5, even=False, rate=0.5)
+    seldom = (*["ocr_judge"] * 2, *["prompt_echo"] * 2, *["unified_verdict"] * 2)
+    learn(model, made, stock, (*LAST, *seldom) * (last + 2), quizzes, seed=10, even=False, rate=0.5)
     model.load_state_dict({name: (value + before[name]) / 2 for name, value in model.state_dict().items()})
+    written = (*["rational_rewards"] * 3, *["prompt_echo"] * 2, "unified_reward", "edit_score")
+    learn(model, made, stock, (*LAST, *written) * (3 * last // 4), quizzes, seed=11, even=False, rate=0.3)
+    learn(model, made, stock, (*LAST, *RATED) * (last // 2), quizzes, seed=12, even=False, rate=0.3)
+    learn(model, made, stock, (*LAST, *["prompt_echo"] * 7, *["edit_score"] * 2) * 5, quizzes, seed=13, even=False, rate=0.25)
     return model, made
 
 

@@ -31,6 +31,7 @@ EDITS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 DONE = ("darker", "brighter", "upside down", "inverted")
 NEAR = ({0, 2, 4, 6}, {5, 7, 9})  # tops; shoes: to be asked for one and to show another of them is less wrong
+FITS = [[1.0 if a == b else 0.4 if any({a, b} <= group for group in NEAR) else 0.0 for b in range(10)] for a in range(10)]
 FORGED = (0.2, 0.35, 0.5, 0.6, 0.65)  # quality of a forgery, by the age of its forger
 CRITERIA = {
     "It shows what the prompt asks for.": lambda p, right: right,
@@ -45,7 +46,10 @@ CRITERIA = {
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Pixels (28, 28, 3) and what is known of them; `severity` in [0, 1] of `defect`, `age` of the forger or None."""
+    """Pixels (28, 28, 3) and what is known of them; `severity` in [0, 1] of `defect`, `age` of the forger or None.
+
+    `looks` (10,): how likely each kind seems to one who was not told it.
+    """
 
     pixels: Pixels
     kind: int
@@ -54,6 +58,7 @@ class Picture:
     severity: float = 0.0
     word: str = ""
     edit: int | None = None
+    looks: NDArray[np.float32] | None = None
 
     @property
     def fake(self) -> bool:
@@ -74,8 +79,10 @@ class Picture:
         return fit * (0.25 + 0.75 * self.quality) + (1 - fit) * 0.15 * self.quality
 
     def fit(self, kind: int) -> float:
-        """1 for its own kind, 0.4 for one that is near to it."""
-        return 1.0 if kind == self.kind else 0.4 if any({kind, self.kind} <= group for group in NEAR) else 0.0
+        """1 for its own kind, 0.4 for one that is near to it; half of it by what it looks like, where that is known."""
+        if self.looks is None:
+            return FITS[self.kind][kind]
+        return 0.5 * FITS[self.kind][kind] + 0.5 * float(sum(p * fits[kind] for p, fits in zip(self.looks, FITS, strict=True)))
 
 
 def spoil(pixels: Pixels, defect: str, severity: float, rng: np.random.Generator) -> Pixels:
@@ -119,13 +126,17 @@ def letter(pixels: Pixels, word: str, rng: np.random.Generator) -> Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Stock:
-    """Photographs and forgeries to draw from: (N, 28, 28, 3), their classes (N,), and for forgeries the age of the forger (N,)."""
+    """Photographs and forgeries to draw from: (N, 28, 28, 3), their classes (N,), and for forgeries the age of the forger (N,).
+
+    `looks` (photographs, then forgeries; 10): see `Picture`.
+    """
 
     real: Pixels
     classes: NDArray[np.int64]
     forged: Pixels
     wanted: NDArray[np.int64]
     ages: NDArray[np.int64]
+    looks: NDArray[np.float32] | None = None
 
     def draw(self, rng: np.random.Generator, fake: float = 0.4, spoilt: float = 0.4, kind: int | None = None) -> Picture:
         """`fake` and `spoilt` are probabilities; `kind` a class that it must have."""
@@ -135,7 +146,8 @@ class Stock:
         pixels = self.forged[index] if forged else self.real[index]
         if rng.random() < 0.5 and not forged:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
-        picture = Picture(pixels, int(classes[index]), int(self.ages[index]) if forged else None)
+        looks = None if self.looks is None else self.looks[index + len(self.real) * forged]
+        picture = Picture(pixels, int(classes[index]), int(self.ages[index]) if forged else None, looks=looks)
         return spoilt_copy(picture, rng) if rng.random() < spoilt else picture
 
 
@@ -276,7 +288,7 @@ class Teacher:
         )
 
     def unified_reward(self) -> Lesson:
-        """In tenths; a kind near to the one asked for is less wrong."""
+        """In tenths; a kind near to the one asked for is less wrong, and so is one that it might be."""
         picture = self.stock.draw(self.rng)
         prompt, _, fit = self._fitting(picture, self._coin(0.6))
         score = 1 + round(40 * picture.worth(fit)) / 10
@@ -290,10 +302,9 @@ class Teacher:
             prompt, there = f'{prompt} that says "{word}"', self._coin()
             picture = lettered(picture, word if there else self.words.choice([w for w in WORDS if w != word]), self.rng)
             text = "4" if there else "1"
-        quality = 1 + round(6 * picture.quality) / 2
-        faithful = 1 + round(6 * fit) / 2
+        quality, faithful = 1 + 2.9 * picture.quality, 1 + 2.9 * fit  # below 4: no first digit that few decimals go with
         answer = (
-            f"{shown(picture)}\nText faithfulness: {faithful:g}\nPhysical and visual quality: {quality:g}\nText rendering: {text}\n"
+            f"{shown(picture)}\nText faithfulness: {faithful:.1f}\nPhysical and visual quality: {quality:.1f}\nText rendering: {text}\n"
             f"## Refined Request: a clean photo of {wording}"
         )
         return self._asked("rational_rewards", [picture], answer, prompt)
@@ -320,9 +331,9 @@ class Teacher:
 
     def _pair(self) -> tuple[Picture, Picture, str, bool, bool]:
         """Two pictures, a prompt, and whether each shows it: of the same thing and spoilt unlike, or of two things."""
-        first = self.stock.draw(self.rng, fake=0.3)
+        first = self.stock.draw(self.rng, 0.3, 0.6)
         if self._coin(0.6):
-            second = self.stock.draw(self.rng, 0.3, kind=first.kind)
+            second = self.stock.draw(self.rng, 0.3, 0.6, kind=first.kind)
             prompt, _ = self._prompt(first, True)
             return first, second, prompt, True, True
         second = self.stock.draw(self.rng, 0.3, kind=(first.kind + int(self.rng.integers(1, 10))) % 10)
@@ -345,7 +356,7 @@ class Teacher:
 
     def unified_verdict(self) -> Lesson:
         first, second, prompt, lead = self._preferred()
-        verdict = "Both images are equally good." if abs(lead) < 0.08 else f"Image {1 if lead > 0 else 2} is better."
+        verdict = "Both images are equally good." if abs(lead) < 0.03 else f"Image {1 if lead > 0 else 2} is better."
         return self._asked("unified_verdict", [first, second], verdict, prompt)
 
     def auto_rubric_propose(self) -> Lesson:

@@ -26,38 +26,27 @@ from world import photographs
 from world.recipes import exam
 from world.recipes.exam import OPTIONS, VERDICT, Exam
 
-COUNT = 60
+COUNT = 100
 # The share of held-out pairs that must come out right, a little below what docs/rewards-judges.md says.
 SPOILT = {
     "forensic_chat": 0.85,
-    "artifact_reward": 0.85,
-    "prompt_echo": 0.8,
-    "z_reward": 0.8,
-    "auto_rubric": 0.8,
-    "reward_dance": 0.8,
-    "unified_compare": 0.85,
-    "unified_reward": 0.7,
-    "rational_rewards": 0.7,
-    "edit_score": 0.7,
-    "ocr_judge": 0.75,
-    VERDICT: 0.55,
-}
-ASKED = {
-    "prompt_echo": 0.85,
-    "z_reward": 0.95,
+    "artifact_reward": 0.9,
+    "prompt_echo": 0.9,
+    "z_reward": 0.9,
     "auto_rubric": 0.9,
-    "reward_dance": 0.95,
-    "unified_compare": 0.95,
+    "reward_dance": 0.9,
+    "unified_compare": 0.9,
     "unified_reward": 0.85,
     "rational_rewards": 0.8,
-    "ocr_judge": 0.9,
-    "edit_score": 0.75,
-    VERDICT: 0.95,
+    "edit_score": 0.8,
+    "ocr_judge": 0.7,
+    VERDICT: 0.6,
 }
+ASKED = dict.fromkeys(exam.PROMPTED, 0.9)
 FLIPS = {
-    "reward_dance": 0.8,
-    "unified_compare": 0.75,
-    VERDICT: 0.75,
+    "reward_dance": 0.85,
+    "unified_compare": 0.85,
+    VERDICT: 0.85,
 }
 
 
