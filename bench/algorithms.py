@@ -77,15 +77,18 @@ ALGORITHMS: dict[str, dict[str, tuple[str, ...]]] = {
         "lr-1.2e-3_last_beta-1": _nft("1.2e-3", "0.02", "last", "1.0"),
         "lr-6e-4_ema_beta-1": _nft("6.0e-4", "0.02", "ema", "1.0"),
         "lr-6e-4_last_beta-0.1": _nft("6.0e-4", "0.02", "last", "0.1"),
+        "lr-1.2e-3_last_beta-1_euler": _nft("1.2e-3", "0.02", "last", "1.0", "sampling.solver=euler"),
     },
     "jpeg-plain": {"recipe-kl": HACKABLE},
+    "jpeg-kl": {"kl-0.04": (*HACKABLE, "kl.weight=0.04")},  # GARDO's weight, on every sample
     "jpeg-gardo": {
         "gate_kl-0.04": (*HACKABLE, *GATE, "kl.weight=0.04"),
-        "gate_kl-0.3": (*HACKABLE, *GATE, "kl.weight=0.3"),
+        "gate_kl-0.3": (*HACKABLE, *GATE, "kl.weight=0.3"),  # pins the policy, so the least distance would choose it
     },
 }
 COMPARED = ("grpo", "guard", "nft")
 PAIR = ("jpeg-plain", "jpeg-gardo")
+HACKED = ("jpeg-plain", "jpeg-kl", "jpeg-gardo")
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service and the run are stopped then too
     failed = [] if chosen.report else run(jobs(chosen, out), chosen, out)
-    for name in ALGORITHMS:
-        if chosen.tune and (found := choose(out, name, 0, chosen.tune_steps)) and len(ALGORITHMS[name]) > 1:
+    for name in COMPARED:  # with a reward that can be hacked, the least distance would choose who learns nothing
+        if chosen.tune and len(ALGORITHMS[name]) > 1 and (found := choose(out, name, 0, chosen.tune_steps)):
             path = out / "best.json"
             earlier = json.loads(path.read_text()) if path.is_file() else {}
             path.write_text(json.dumps(earlier | {name: found}, indent=1) + "\n")

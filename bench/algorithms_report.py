@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.algorithms import ALGORITHMS, COMPARED, PAIR, ROOT, best_settings, lines
+from bench.algorithms import ALGORITHMS, COMPARED, HACKED, PAIR, ROOT, best_settings, lines
 
 START, END = "<!-- algorithms: written by make bench-algorithms -->", "<!-- end of algorithms -->"
 DOCUMENT, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "algorithms.png"
@@ -57,10 +57,16 @@ def at(run: Run, step: int) -> Run | None:
     return next((line for line in run["evaluations"] if line["step"] == step), None)
 
 
-def common_step(groups: Iterable[Sequence[Run]], wanted: int) -> int:
-    """The last evaluation, `wanted` at most, that every group has at least one run of; 0 where there is none."""
-    sets = [{line["step"] for run in group for line in run["evaluations"]} for group in groups]
-    return max((step for step in set.intersection(*sets) if step <= wanted), default=0) if sets else 0
+def common_steps(groups: Iterable[Sequence[Run]], wanted: int) -> list[int]:
+    """Where to compare: the last evaluation, `wanted` at most, that every group has a run of; before it the last with more seeds of each."""
+    each = [[{line["step"] for line in run["evaluations"]} for run in group] for group in groups]
+    known = sorted({step for group in each for steps in group for step in steps if 0 < step <= wanted}, reverse=True)
+    out, most = [], 0
+    for step in known:
+        seeds = min((sum(step in steps for steps in group) for group in each), default=0)
+        if seeds > most:
+            out, most = [step, *out], seeds
+    return out
 
 
 def spread(numbers: Sequence[float | None], digits: int) -> str:
@@ -68,8 +74,8 @@ def spread(numbers: Sequence[float | None], digits: int) -> str:
     known = [number for number in numbers if number is not None]
     if not known:
         return "-"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    mean, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in (statistics.fmean(known), min(known), max(known)))
+    return mean if len(known) == 1 else f"{mean} ({low} to {high})"
 
 
 def cost(run: Run, step: int) -> dict[str, float | None]:
@@ -84,24 +90,42 @@ def cost(run: Run, step: int) -> dict[str, float | None]:
     }
 
 
-def compared(runs: Sequence[Run], names: Sequence[str], chosen: Mapping[str, str], wanted: int) -> tuple[int, dict[str, list[Run]]]:
-    """The common step, and each algorithm's runs at its setting that have come so far."""
-    groups = {n: [r for r in runs if r["algorithm"] == n and r["setting"] == chosen[n]] for n in names}
-    groups = {n: group for n, group in groups.items() if group}
-    step = common_step(groups.values(), wanted)
-    return step, {n: [r for r in group if at(r, step)] for n, group in groups.items()}
+def photographs(count: int = 1000) -> dict[str, float]:
+    """What the monitors say of held-out photographs; without the distances, which are to the same ones."""
+    from trainer.honesty import Monitors
+    from world import photographs as known
+
+    images, labels = known.load("test")
+    told = Monitors.load(ROOT / "world" / "monitors").measure(images[:count], [int(label) for label in labels[:count]])
+    return {key: told[key] for key in ("heldout_cnn", "heldout_spectrum", "class_hit")}
 
 
-def table(step: int, groups: Mapping[str, Sequence[Run]], extra: Sequence[tuple[str, str, int, int]] = ()) -> list[str]:
-    """Markdown: a row before training, and one for each algorithm after `step` steps."""
+def compared(
+    runs: Sequence[Run], names: Sequence[str], chosen: Mapping[str, str], wanted: int, beside: Sequence[str] = ()
+) -> list[tuple[int, dict[str, list[Run]]]]:
+    """Where to compare `names`, and each algorithm's runs at its setting that have come so far; `beside` where they have."""
+    groups = {n: [r for r in runs if r["algorithm"] == n and r["setting"] == chosen[n]] for n in dict.fromkeys((*names, *beside))}
+    steps = common_steps([group for n, group in groups.items() if group and n in names], wanted)
+    there = [(step, {n: [r for r in group if at(r, step)] for n, group in groups.items()}) for step in steps]
+    return [(step, {n: group for n, group in found.items() if group}) for step, found in there]
+
+
+def table(
+    step: int,
+    groups: Mapping[str, Sequence[Run]],
+    real: Mapping[str, float],
+    extra: Sequence[tuple[str, str, int, int]] = (),
+) -> list[str]:
+    """Markdown: what photographs get, a row before training, and one for each algorithm after `step` steps."""
     columns = (*extra, *SHOWN)
     heads = ["algorithm", "seeds", *(head for head, *_ in columns), "least distance (after)", "wall-clock", "CPU", "peak memory"]
     rows = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     first = next((run for group in groups.values() for run in group), None)
-    if first is not None:
-        before = at(first, 0) or {}
+    known: list[tuple[str, Mapping[str, Any]]] = [("photographs", real)]
+    known += [("before", at(first, 0) or {})] if first is not None else []
+    for name, before in known:
         cells = [spread([before.get(key)], digits) for _, key, digits, _ in columns]
-        rows.append("| " + " | ".join(["before", "", *cells, "", "", "", ""]) + " |")
+        rows.append("| " + " | ".join([name, "", *cells, "", "", "", ""]) + " |")
     for name, group in groups.items():
         told = [at(run, step) or {} for run in group]
         cells = [spread([line.get(key) for line in told], digits) for _, key, digits, _ in columns]
@@ -145,9 +169,9 @@ def rises(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return out
 
 
-def verdict(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
+def verdict(step: int, groups: Mapping[str, Sequence[Run]], real: Mapping[str, float]) -> list[str]:
     """GARDO against plain, measure by measure, by the means over seeds that both have."""
-    if set(groups) != set(PAIR):
+    if not set(PAIR) <= set(groups):
         return ["- not measured: one of the pair has no run"]
     plain, gardo = ({run["seed"]: at(run, step) or {} for run in groups[name]} for name in PAIR)
     seeds = sorted(plain.keys() & gardo.keys())
@@ -158,9 +182,11 @@ def verdict(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
     for key in HELD_OUT:
         head, sign = signs[key]
         a, b = (statistics.fmean(one[seed][key] for seed in seeds) for one in (plain, gardo))
-        good = sign * (b - a) > 0
+        good, note = sign * (b - a) > 0, ""
         better += good
-        out.append(f"- {head}: {b:.2f} with GARDO, {a:.2f} without: {'better' if good else 'not better'}")
+        if key.startswith("heldout") and max(a, b) > real[key]:
+            note = f"; but photographs get {real[key]:.2f}: above that it is fooled, and says nothing"
+        out.append(f"- {head}: {b:.2f} with GARDO, {a:.2f} without: {'better' if good else 'not better'}{note}")
     a, b = (statistics.fmean(one[seed][BITS[1]] for seed in seeds) for one in (plain, gardo))
     out.append(f"- the reward itself, bits a pixel (fewer is more reward): {b:.2f} with GARDO, {a:.2f} without")
     whole = (
@@ -171,11 +197,10 @@ def verdict(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return [f"{whole} ({better} of {len(HELD_OUT)}; seeds {', '.join(map(str, seeds))}):", "", *out]
 
 
-def section(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int) -> str:
+def section(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int, real: Mapping[str, float]) -> str:
     """All of it for docs/benchmarks.md."""
-    step, three = compared(runs, COMPARED, chosen, wanted)
-    pair_step, pair = compared(runs, PAIR, chosen, wanted)
-    grid_step = common_step([[r] for r in runs if r["seed"] == 0 and len(ALGORITHMS[r["algorithm"]]) > 1], wanted)
+    grid = [[r] for r in runs if r["seed"] == 0 and len(ALGORITHMS[r["algorithm"]]) > 1]
+    grid_step = max(common_steps(grid, wanted), default=0)
     first = next((run["evaluations"][0] for run in runs), None)
     samples = first["n"] if first else 0
     loads = [each["load"] for run in runs for each in run["costs"]]
@@ -188,22 +213,27 @@ def section(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int) -> str:
         "Trained reward: standard deviations of the start. Mean over seeds, with the range. Wall-clock is of the training steps alone, CPU",
         "with evaluations, both without the service; on a machine that does other work read the CPU.",
         "",
-        f"### GRPO, Guard and NFT after {PICTURES * step} pictures, each at its best setting",
+        "### GRPO, Guard and NFT, each at its best setting",
         "",
-        *(table(step, three) if step else ["No evaluation in common yet."]),
-        "",
-        *rises(step, three),
-        "",
+    ]
+    nothing = ["No evaluation in common yet.", ""]
+    for step, groups in (three := compared(runs, COMPARED, chosen, wanted)):
+        text += [f"After {PICTURES * step} pictures:", "", *table(step, groups, real), "", *rises(step, groups), ""]
+    text += [
+        *([] if three else nothing),
         "![distance against pictures](images/algorithms.png)",
         "",
-        f"### GARDO against plain on `jpeg_size`, after {PICTURES * pair_step} pictures",
+        "### GARDO against plain on `jpeg_size`",
         "",
         "Flat pictures have few bits a pixel, so the reward can be hacked. Detector and alignment have weight 0; GARDO's gate asks them.",
+        "`jpeg-kl` holds every sample with the weight that GARDO has for the few.",
         "",
-        *(table(pair_step, pair, (BITS,)) if pair_step else ["No evaluation in common yet."]),
-        "",
-        *verdict(pair_step, pair),
-        "",
+    ]
+    for step, groups in (hacked := compared(runs, PAIR, chosen, wanted, HACKED)):
+        told = [*table(step, groups, real, (BITS,)), "", *verdict(step, groups, real), ""]
+        text += [f"After {PICTURES * step} pictures:", "", *told]
+    text += [
+        *([] if hacked else nothing),
         "### What was tried",
         "",
         "Seed 0. The one with the least distance is kept.",
@@ -223,8 +253,8 @@ def plot(runs: Sequence[Run], chosen: Mapping[str, str], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     panels: list[tuple[Sequence[str], str, str]] = [
         (COMPARED, "distance", "distance to photographs"),
-        (PAIR, "distance", "jpeg_size: distance to photographs"),
-        (PAIR, BITS[1], "jpeg_size: bits a pixel, the reward"),
+        (HACKED, "distance", "jpeg_size: distance to photographs"),
+        (HACKED, BITS[1], "jpeg_size: bits a pixel, the reward"),
     ]
     for axis, (names, key, title) in zip(axes, panels, strict=True):
         for number, name in enumerate(names):
@@ -261,9 +291,17 @@ def write(out: Path, wanted: int, quick: bool, say: Callable[[str], None] = prin
     if not runs:
         say(f"nothing has been evaluated in {out} yet")
         return
-    text = section(runs, chosen, wanted)
+    real = photographs()
+    text = section(runs, chosen, wanted, real)
     stamp = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine(), "cores": os.cpu_count()}
-    result = {**stamp, "pictures_a_step": PICTURES, "chosen": dict(chosen), "algorithms": ALGORITHMS, "runs": runs}
+    result = {
+        **stamp,
+        "pictures_a_step": PICTURES,
+        "chosen": dict(chosen),
+        "photographs": real,
+        "algorithms": ALGORITHMS,
+        "runs": runs,
+    }
     target = out / "algorithms.json" if quick else RESULT
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,7 @@ from bench import algorithms, algorithms_report
 from bench.algorithms import ALGORITHMS, Job
 from trainer.config import load
 
+REAL = {"heldout_cnn": 5.0, "heldout_spectrum": 6.0, "class_hit": 0.9}
 URL = "http://127.0.0.1:1"
 SETTINGS = [(name, setting) for name, grid in ALGORITHMS.items() for setting in grid]
 
@@ -51,7 +52,7 @@ def test_every_setting_is_a_recipe_with_as_many_pictures(name: str, setting: str
     assert {str(reward.url) for reward in c.rewards.values()} == {URL}
     assert c.rewards.keys() <= set(algorithms.REWARDS)
     assert c.loss.use == (name if name in ("guard", "nft") else "grpo")
-    if name in algorithms.PAIR:
+    if name in algorithms.HACKED:
         assert [n for n, reward in c.rewards.items() if reward.weight > 0] == ["jpeg_size"]
         assert c.gardo.gate == (name == "jpeg-gardo")
 
@@ -119,16 +120,39 @@ def test_tables_take_the_last_step_that_all_have(tmp_path: Path) -> None:
     made(tmp_path, Job("guard", chosen["guard"], 0, 4), {0: 30.0, 2: 22.0, 4: 24.0})
     made(tmp_path, Job("nft", chosen["nft"], 0, 4), {0: 30.0, 2: 25.0})
     runs = algorithms_report.read(tmp_path)
-    step, groups = algorithms_report.compared(runs, algorithms.COMPARED, chosen, 4)
+    ((step, groups),) = algorithms_report.compared(runs, algorithms.COMPARED, chosen, 4)
     assert step == 2 and [len(group) for group in groups.values()] == [2, 1, 1]
-    rows = algorithms_report.table(step, groups)
-    assert rows[2].startswith("| before") and "30.0" in rows[2]
-    assert "| 18.0 |" not in rows[3] and "18.0 (18.0 to 18.0)" in rows[3] and "700 (700 to 700) MB" in rows[3] and "0, 1" in rows[3]
-    assert "0.3 (0.3 to 0.3) min" in rows[3]  # two steps of ten seconds
-    assert "25.0" in rows[5] and "20 s a step" in rows[5]
-    step, groups = algorithms_report.compared([r for r in runs if r["algorithm"] != "nft"], algorithms.COMPARED, chosen, 4)
-    assert step == 4 and "22.0 (768)" in algorithms_report.table(step, groups)[4]  # its best was before its last
+    rows = algorithms_report.table(step, groups, REAL)
+    assert rows[2].startswith("| photographs |  | - | - | 5.0 | 6.0 | - | 0.90")
+    assert rows[3].startswith("| before") and "30.0" in rows[3]
+    assert "18.0 (18.0 to 18.0)" in rows[4] and "700 (700 to 700) MB" in rows[4] and "0, 1" in rows[4]
+    assert "0.3 (0.3 to 0.3) min" in rows[4]  # two steps of ten seconds
+    assert "25.0" in rows[6] and "20 s a step" in rows[6]
     assert "rose in 2 of 2 runs" in algorithms_report.rises(step, groups)[0]
+
+
+def test_where_more_seeds_have_come_a_table_stands_too(tmp_path: Path) -> None:
+    chosen = algorithms.best_settings(tmp_path)
+    for name in ("grpo", "guard"):
+        made(tmp_path, Job(name, chosen[name], 0, 4), {0: 30.0, 2: 18.0, 4: 14.0 if name == "grpo" else 24.0})
+        made(tmp_path, Job(name, chosen[name], 1, 4), {0: 30.0, 1: 25.0, 2: 19.0})
+    runs = algorithms_report.read(tmp_path)
+    found = algorithms_report.compared(runs, algorithms.COMPARED, chosen, 9, ("jpeg-kl",))
+    assert [(step, {name: len(group) for name, group in groups.items()}) for step, groups in found] == [
+        (2, {"grpo": 2, "guard": 2}),
+        (4, {"grpo": 1, "guard": 1}),
+    ]
+    assert "18.0 (768)" in algorithms_report.table(*found[1], REAL)[5]  # its best was before its last
+    assert [step for step, _ in algorithms_report.compared(runs, algorithms.COMPARED, chosen, 3)] == [2]
+    assert algorithms_report.compared(runs, algorithms.COMPARED, chosen, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "digits", "told"),
+    [([], 1, "-"), ([None], 1, "-"), ([-1e-9], 2, "0.00"), ([1.0, None, 2.0], 1, "1.5 (1.0 to 2.0)"), ([32.5], 0, "32")],
+)
+def test_mean_and_range(numbers: list[float | None], digits: int, told: str) -> None:
+    assert algorithms_report.spread(numbers, digits) == told
 
 
 @pytest.mark.parametrize(("distance", "held"), [(20.0, "The held-out measures are better"), (60.0, "not all better")])
@@ -137,10 +161,14 @@ def test_gardo_is_judged_by_what_was_held_out(tmp_path: Path, distance: float, h
     bad = {"heldout_cnn": -12.0, "heldout_spectrum": -11.0, "class_hit": 0.3}
     made(tmp_path, Job("jpeg-plain", "recipe-kl", 0, 2), {0: 30.0, 2: 50.0}, **bad)
     made(tmp_path, Job("jpeg-gardo", chosen["jpeg-gardo"], 0, 2), {0: 30.0, 2: distance})
-    step, groups = algorithms_report.compared(algorithms_report.read(tmp_path), algorithms.PAIR, chosen, 4)
-    text = "\n".join(algorithms_report.verdict(step, groups))
+    ((step, groups),) = algorithms_report.compared(algorithms_report.read(tmp_path), algorithms.PAIR, chosen, 4, algorithms.HACKED)
+    text = "\n".join(algorithms_report.verdict(step, groups, REAL))
     assert held in text and ("(4 of 4" in text) == (distance < 50)
-    assert "not measured" in algorithms_report.verdict(step, {"jpeg-plain": []})[0]
+    assert "fooled" not in text
+    runs = [*groups["jpeg-plain"], *groups["jpeg-gardo"]]
+    runs[0]["evaluations"][-1]["heldout_spectrum"] = 20.0
+    assert "photographs get 6.00: above that it is fooled" in "\n".join(algorithms_report.verdict(step, groups, REAL))
+    assert "not measured" in algorithms_report.verdict(step, {"jpeg-plain": []}, REAL)[0]
 
 
 def test_the_section_is_put_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +188,7 @@ def test_the_section_is_put_between_its_markers(tmp_path: Path, monkeypatch: pyt
     algorithms_report.write(out, 4, quick=False, say=said.append)
     text = page.read_text()
     assert text.count(algorithms_report.START) == 1 and text.startswith("# Benchmarks\n\nfirst\n") and text.endswith("last\n")
-    assert "after 768 pictures" in text and (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "After 768 pictures" in text and (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["evaluations"][1]["distance"] == 18.0
     algorithms_report.write(out, 4, quick=True, say=said.append)
     assert (out / "algorithms.png").is_file() and (out / "algorithms.json").is_file()
