@@ -145,6 +145,8 @@ def test_where_more_seeds_have_come_a_table_stands_too(tmp_path: Path) -> None:
     assert "18.0 (768)" in algorithms_report.table(*found[1], REAL)[5]  # its best was before its last
     assert [step for step, _ in algorithms_report.compared(runs, algorithms.COMPARED, chosen, 3)] == [2]
     assert algorithms_report.compared(runs, algorithms.COMPARED, chosen, 0) == []
+    assert algorithms_report.unfinished(found, 9).startswith("Not the whole: 4 of 9 steps, 1 of 3 seeds")
+    assert algorithms_report.unfinished([(9, {"grpo": [{}] * 3})], 9) == ""
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,9 @@ def test_gardo_is_judged_by_what_was_held_out(tmp_path: Path, distance: float, h
     ((step, groups),) = algorithms_report.compared(algorithms_report.read(tmp_path), algorithms.PAIR, chosen, 4, algorithms.HACKED)
     text = "\n".join(algorithms_report.verdict(step, groups, REAL))
     assert held in text and ("(4 of 4" in text) == (distance < 50)
-    assert "fooled" not in text
+    assert "fooled" not in text and "less reward" not in text
+    groups["jpeg-gardo"][0]["evaluations"][-1]["reward/jpeg_size/mean"] = 3.5
+    assert "GARDO has gained less reward" in "\n".join(algorithms_report.verdict(step, groups, REAL))
     runs = [*groups["jpeg-plain"], *groups["jpeg-gardo"]]
     runs[0]["evaluations"][-1]["heldout_spectrum"] = 20.0
     assert "photographs get 6.00: above that it is fooled" in "\n".join(algorithms_report.verdict(step, groups, REAL))
