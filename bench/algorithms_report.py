@@ -290,7 +290,8 @@ def plot(runs: Sequence[Run], chosen: Mapping[str, str], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("pictures")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
