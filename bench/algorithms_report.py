@@ -83,9 +83,13 @@ def cost(run: Run, step: int) -> dict[str, float | None]:
     seconds = [value for number, value in run["seconds"].items() if number <= step]
     trained = sum(each["to"] - each["from"] for each in run["costs"])
     cpu = sum(each["cpu_s"] for each in run["costs"])
+    ends = [0, *(each["to"] for each in run["costs"])]
+    whole = all(
+        end == each["from"] for end, each in zip(ends, run["costs"], strict=False)
+    )  # else an interrupted part is not on record
     return {
         "wall_s": sum(seconds) if len(seconds) >= step else None,
-        "cpu_s_a_step": cpu / trained if trained else None,
+        "cpu_s_a_step": cpu / trained if trained and whole else None,
         "peak_mb": max((each["peak_mb"] for each in run["costs"]), default=None),
     }
 
