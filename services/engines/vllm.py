@@ -78,7 +78,7 @@ class VllmEngine:
         self._alias: OrderedDict[str, str] = OrderedDict()
         self._carried: dict[str, Future[None]] = {}
         self._lock, self._slots = Lock(), Semaphore(1 + -(-options.concurrent // _TOGETHER))
-        self._together = self._own = not self._plain
+        self._together, self._own = not self._plain, self.server is not None
         self._ids = lru_cache(8192)(self._tokenized)
         self.context: int | None = None
         if self.server is not None:

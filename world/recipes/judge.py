@@ -84,6 +84,7 @@ LAST = (
     "reward_dance",
 )
 RATED = (*["rational_rewards"] * 6, "auto_rubric", "auto_rubric", "prompt_echo")
+KEPT = (*["auto_rubric_propose"] * 5, "unified_reward", "unified_reward", "prompt_echo", "prompt_echo")
 MUON = 0.01
 
 
@@ -429,6 +430,7 @@ def train(
     learn(model, made, stock, (*LAST, *written) * (3 * last // 4), quizzes, seed=11, even=False, rate=0.3)
     learn(model, made, stock, (*LAST, *RATED) * (last // 2), quizzes, seed=12, even=False, rate=0.3)
     learn(model, made, stock, (*LAST, *["prompt_echo"] * 7, *["edit_score"] * 2) * 5, quizzes, seed=13, even=False, rate=0.25)
+    learn(model, made, stock, (*LAST, *KEPT) * 4, quizzes, seed=14, even=False, rate=0.25)
     return model, made
 
 
