@@ -4,28 +4,28 @@ Taken: min-norm weights on the simplex (MGDA), kept for some steps and smoothed;
 the NFT loss is affine in it. Ours: gradients are compared at unit length, so that a reward with a long one is not voted down by that alone.
 """
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from trainer.losses.nft import optimality
 
 
-def min_norm(gram_KK: Tensor, tolerance: float = 1e-10, most: int = 10_000) -> Tensor:
-    """(K,) float64 >= 0 that sums to 1 and makes a^T G a smallest. Frank-Wolfe with pairwise steps: mass goes from the worst to the best."""
-    gram = gram_KK.double()
-    a = torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)
-    scale = float(gram.diagonal().max().clamp(min=1e-300))
-    for _ in range(most):
-        slope = gram @ a
-        best = int(slope.argmin())
-        worst = int(torch.where(a > 0, slope, -torch.inf).argmax())
-        gain = float(slope[worst] - slope[best])
-        if gain <= tolerance * scale:
-            break
-        bend = float(gram[best, best] + gram[worst, worst] - 2 * gram[best, worst])
-        moved = min(float(a[worst]), gain / bend if bend > 0 else torch.inf)
-        a[best] += moved
-        a[worst] = 0.0 if moved == float(a[worst]) else a[worst] - moved
+def min_norm(gram_KK: Tensor) -> Tensor:
+    """(K,) float64 >= 0 that sums to 1 and makes a^T G a smallest.
+
+    With G = R^T R, the u >= 0 that makes |R u|^2 + (1 - sum u)^2 smallest is that mix times a number, so scipy's
+    non-negative least squares finds it exactly, however badly conditioned G is.
+    """
+    gram = gram_KK.double().cpu()
+    scale = float(gram.diagonal().max())
+    if not scale > 0:
+        return torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(gram / scale)
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    found, _ = nnls(torch.cat([root, torch.ones(1, len(gram), dtype=torch.float64)]).numpy(), np.eye(len(gram) + 1)[-1])
+    a = torch.from_numpy(found)
     return a / a.sum()
 
 
