@@ -110,6 +110,11 @@ class Learner:
         else:
             self._add(rollout, advantages)
 
+    def drop(self) -> None:
+        """End the step as if it had not begun: nothing was scored."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._given, self._per_reward, self._beside.cache = [], [], {}
+
     def finish(self) -> dict[str, float]:
         """`optim.updates` optimiser steps over all that was accumulated; the step's numbers. Diverged after too many bad ones in a row.
 

@@ -84,10 +84,8 @@ class Run:
         self.learner = Learner(self.policy, config, world)
         self.weights = self.learner.weights
         self.ahead = Ahead(self.learner)
-        self.stateful = self.parts()
         self.gate = gate_of(config)
-        if self.gate is not None:
-            self.stateful["gardo"] = self.gate
+        self.stateful = self.parts()
         self.profile = Profile(self.policy)
         self.done = self.unscored_steps = self.unsaved = 0
         self.rollbacks: list[int] = []
@@ -116,7 +114,11 @@ class Run:
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """What changes in a run beside the learner, by the name under which a checkpoint carries it."""
-        return {"ahead": self.ahead} if self.config.sampling.ahead else {}
+        found: dict[str, checkpoint.Stateful | None] = {
+            "ahead": self.ahead if self.config.sampling.ahead else None,
+            "gardo": self.gate,
+        }
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -150,12 +152,14 @@ class Run:
         advantages = self._judge(drawn.rollouts, rewards)
         usable = bool(advantages.weights_B.any())
         self.unscored_steps = 0 if usable else self.unscored_steps + 1
-        if accumulated:
-            learned = self.learner.finish()
-            numbers = learned if usable else {}
-        else:
+        numbers: dict[str, float] = {}
+        if accumulated and usable:
+            numbers = self.learner.finish()
+        elif accumulated:
+            self.learner.drop()
+        elif usable:
             own = rows_of(advantages, self.world.rows(c.group.prompts * c.group.size))
-            numbers = self.learner.learn(drawn.rollouts, own, self.done) if usable else {}
+            numbers = self.learner.learn(drawn.rollouts, own, self.done)
         self.done += 1
         end, pictures = time.monotonic(), c.group.prompts * c.group.size
         return self.metrics.write(

@@ -6,45 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.trainer.run.runs import config, numbers, run
 from tests.trainer.run.service import Service, recipe, serve
 from trainer import checkpoint, loop
-from trainer.config import ConfigError, RunConfig
+from trainer.config import ConfigError
 from trainer.metrics import read
 from trainer.scoring import NoService
-
-
-@pytest.fixture(autouse=True)
-def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
 
 
 @pytest.fixture
 def service() -> Iterator[Service]:
     with serve() as running:
         yield running
-
-
-def config(url: str, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(recipe(url, **changes))
-
-
-def run(config: RunConfig, folder: Path, resume: bool = False, **options: Any) -> str:
-    made = loop.Run(config, folder, resume=resume)
-    try:
-        return loop.train(made, **options)
-    finally:
-        made.close()
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without wall-clock times."""
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
-    ]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(service: Service, tmp_path: Path) -> None:
@@ -158,3 +136,20 @@ def test_one_step_ahead_resumes_to_the_same_numbers_and_is_off_policy(service: S
     ahead, on = ([line for line in numbers(tmp_path / n) if line["kind"] == "step"] for n in ("whole", "on"))
     assert ahead[0] == on[0] and all(line["ratio_dev"] < 1e-4 for line in on)
     assert all(line["ratio_dev"] > 1e-4 for line in ahead[1:]), "drawn with the weights before the last update"
+
+
+def test_a_step_without_any_score_learns_nothing_not_even_from_real_pictures(service: Service, tmp_path: Path) -> None:
+    np.savez(tmp_path / "real.npz", images=np.full((4, 28, 28, 3), 90, np.uint8), prompts=np.array(["a bag"] * 4))
+    loss = {"use": "rft", "keep": 0.5, "times": 1, "real": str(tmp_path / "real.npz"), "real_share": 0.5}
+    sampling = {**recipe("")["sampling"], "window": None}  # type: ignore[dict-item]
+    kl = {"weight": 0.0}
+    made = loop.Run(config(service.url, loss=loss, sampling=sampling, kl=kl, reward_outage_s=0), tmp_path / "run")
+    before = {name: weight.detach().clone() for name, weight in made.weights.items()}
+    service.fault = "down"
+    assert made.step()["skipped"] and made.learner.updates == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in made.weights.items())
+    service.fault = ""
+    line = made.step()
+    assert not line["skipped"] and made.learner.updates == 1 and line["real_error"] > 0
+    assert any(not torch.equal(weight, before[name]) for name, weight in made.weights.items())
+    made.close()
