@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.trainer.run.runs import numbers
 from tests.trainer.run.service import recipe, serve
-from trainer.metrics import read
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 KILLS = int(os.environ.get("VERISM_KILLS", "10"))
@@ -88,12 +87,6 @@ def processes(root: Path) -> Iterator[Start]:
             return watched(process.pid, process.poll, kill)
 
     yield start
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
-    ]
 
 
 def moments(folder: Path, whole_s: float, seed: int) -> Iterator[tuple[str, Kill]]:

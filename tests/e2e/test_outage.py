@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench.process import free_port, start, wait
+from tests.trainer.run.runs import numbers
 from tests.trainer.run.service import recipe
-from tests.trainer.run.test_faults import numbers
 from trainer import loop
 from trainer.config import RunConfig
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from tests.trainer.run.runs import numbers
 from tests.trainer.run.service import recipe, serve
 from trainer.metrics import read
 
@@ -44,12 +44,6 @@ def until_step(process: "subprocess.Popen[str]", folder: Path, step: int) -> Non
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
-    ]
 
 
 def test_sigkill_then_resume_gives_the_metrics_of_an_uninterrupted_run(root: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Random pipelines of the real classes of FLUX.1, Z-Image and Qwen-Image, written in diffusers' format in a second."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
 )
 
 from tests.trainer import tiny
@@ -40,12 +36,7 @@ def write(family: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:
         return tiny.write(folder, seed=seed, **options)
     torch.manual_seed(seed)
     name, parts = BUILDERS[family](**options)
-    index: dict[str, object] = {"_class_name": name, "_diffusers_version": "0.36.0"}
-    for key, (library, part) in parts.items():
-        part.save_pretrained(folder / key)
-        index[key] = [library, type(part).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    return tiny.save(folder, name, parts)
 
 
 def paint(policy: Any, texts: list[str], start_BCHW: torch.Tensor, steps: int, guidance: float, output: str = "latent") -> Any:
@@ -75,7 +66,7 @@ def paint(policy: Any, texts: list[str], start_BCHW: torch.Tensor, steps: int, g
     return out
 
 
-def flux(guidance_embeds: bool = True) -> tuple[str, dict[str, tuple[str, Any]]]:
+def flux(guidance_embeds: bool = True) -> tuple[str, tiny.Parts]:
     """Two blocks; `guidance_embeds` as [dev] has them, without as [schnell], which shifts not at all."""
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -88,33 +79,18 @@ def flux(guidance_embeds: bool = True) -> tuple[str, dict[str, tuple[str, Any]]]
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(2, 2, 4),
     )
-    t5 = T5Config(
-        vocab_size=3 + len(tiny.WORDS), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=1, eos_token_id=1
-    )
-    clip = CLIPTextConfig(
-        vocab_size=3 + len(tiny.WORDS),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     return "FluxPipeline", {
         "transformer": ("diffusers", _lively(transformer)),
         "vae": ("diffusers", _vae()),
         "scheduler": ("diffusers", FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=guidance_embeds, **SHIFT)),
-        "text_encoder": ("transformers", CLIPTextModel(clip)),
-        "text_encoder_2": ("transformers", T5EncoderModel(t5)),
+        "text_encoder": ("transformers", CLIPTextModel(tiny.clip())),
+        "text_encoder_2": ("transformers", tiny.t5_encoder(WIDTH)),
         "tokenizer": ("transformers", tiny.tokenizer()),
         "tokenizer_2": ("transformers", tiny.tokenizer()),
     }
 
 
-def z_image() -> tuple[str, dict[str, tuple[str, Any]]]:
+def z_image() -> tuple[str, tiny.Parts]:
     """One layer and one refiner of each kind; static shift 3."""
     transformer = ZImageTransformer2DModel(
         in_channels=4,
@@ -153,7 +129,7 @@ def z_image() -> tuple[str, dict[str, tuple[str, Any]]]:
     }
 
 
-def qwen_image() -> tuple[str, dict[str, tuple[str, Any]]]:
+def qwen_image() -> tuple[str, tiny.Parts]:
     """One block, an autoencoder of factor 2 with moments of its own, a Qwen2.5-VL of two layers; dynamic shift with a last sigma."""
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
@@ -198,7 +174,7 @@ def qwen_image() -> tuple[str, dict[str, tuple[str, Any]]]:
     }
 
 
-BUILDERS: dict[str, Callable[..., tuple[str, dict[str, tuple[str, Any]]]]] = {
+BUILDERS: dict[str, Callable[..., tuple[str, tiny.Parts]]] = {
     "flux": flux,
     "z_image": z_image,
     "qwen_image": qwen_image,
@@ -206,20 +182,7 @@ BUILDERS: dict[str, Callable[..., tuple[str, dict[str, tuple[str, Any]]]]] = {
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return tiny.vae(use_quant_conv=False, use_post_quant_conv=False)
 
 
 def _right_padded() -> PreTrainedTokenizerFast:

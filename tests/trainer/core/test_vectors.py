@@ -28,6 +28,8 @@ from trainer.sampling.sampler import members
 from trainer.sampling.windows import window_of
 from trainer.types import Prompt
 
+pytestmark = pytest.mark.xdist_group("vectors")  # one process sees which arrays were looked at
+
 FILE = Path(os.environ.get("VERISM_VECTORS", Path(__file__).parents[2] / "data" / "reference_vectors.npz"))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -317,6 +319,6 @@ ELSEWHERE = ("trl_", "ffadv_", "adv_rwr_", "adv_sft_", "adv_dpo_", "adv_tracker_
 def test_every_array_is_looked_at(vectors: Any, request: pytest.FixtureRequest) -> None:
     known = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
     run = {item.originalname for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)}
-    if known - run or hasattr(request.config, "workerinput") or request.config.option.keyword:
-        pytest.skip("only with all tests of this file, in one process")
+    if known - run or request.config.option.keyword:
+        pytest.skip("only with all tests of this file")
     assert not {key for key in vectors.keys() - vectors.asked if not key.startswith(ELSEWHERE)}

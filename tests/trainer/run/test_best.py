@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.run.service import Service, recipe, serve
-from tests.trainer.run.test_faults import numbers, run
+from tests.trainer.run.runs import numbers, run
+from tests.trainer.run.service import Service, recipe
 from trainer import alarm, checkpoint
 from trainer.__main__ import train
 from trainer.config import AlarmConfig, ConfigError, RunConfig, validate
 from trainer.metrics import read
 
 Numbers = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
 
 
 def hacked(url: str, **changes: Any) -> RunConfig:

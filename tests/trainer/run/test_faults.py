@@ -18,43 +18,14 @@ from torch import Tensor
 
 from shared.client import ScoreTable
 from shared.schema import Problem, Score
+from tests.trainer.run.runs import config, numbers, run
 from tests.trainer.run.service import Service, recipe, serve
 from trainer import checkpoint, loop, memory, outage
-from trainer.config import ConfigError, RunConfig
-from trainer.metrics import Metrics, read
+from trainer.config import ConfigError
+from trainer.metrics import Metrics
 from trainer.parallel import World
 
 LORA = {"rank": 4, "alpha": 8}
-
-
-@pytest.fixture(autouse=True)
-def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
-
-
-def config(url: str, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(recipe(url, **changes))
-
-
-def run(config: RunConfig, folder: Path, resume: bool = False, **options: Any) -> str:
-    made = loop.Run(config, folder, resume=resume)
-    try:
-        return loop.train(made, **options)
-    finally:
-        made.close()
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without wall-clock times."""
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds", "pictures/"))} for line in read(folder / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")

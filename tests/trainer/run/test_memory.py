@@ -10,18 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.run.runs import numbers, run
 from tests.trainer.run.service import recipe, serve
-from tests.trainer.run.test_faults import numbers, run
 from trainer import checkpoint, loop, memory, plan
 from trainer.__main__ import train
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import read
 from trainer.profile import words
-
-
-@pytest.fixture(autouse=True)
-def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
 
 
 def auto(url: str, **changes: Any) -> RunConfig:

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.trainer.run.service import Service, recipe, serve
+from tests.trainer.run.service import Service, recipe
 from trainer import parallel
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import read
@@ -23,12 +22,6 @@ from trainer.parallel import ALONE, World
 pytestmark = pytest.mark.timeout(240)
 # What every rank's own clock and rounding may differ in.
 TIMES = ("seconds/", "pictures/")
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
 
 
 def train(root: Path, folder: Path, config: dict[str, Any], ranks: int, *more: str) -> subprocess.CompletedProcess[str]:
