@@ -53,11 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without kept texts": {},
     "without shared prefix": {"prefix": "own"},
     "without overlap": {},
+    "without oneDNN": {"onednn": False},
     "with larger batches": {"micro_batch": "large"},
     "with fewer guided passes": {"guided_steps": [0, 6]},  # other pictures: not the loop's arithmetic any more
     "with one step ahead": {"ahead": True},  # off-policy by a step
     "with torch.compile": {"compile": True},
 }
+ON_A_CPU = ("without oneDNN",)
 ASKED_FOR = ("with one step ahead", "with torch.compile")  # the latter on a CPU: minutes until it is warm
 
 
@@ -66,7 +68,7 @@ def recipe(size: str, folder: Path, prompts: Path, urls: dict[str, str], device:
     from trainer import config
 
     work, side = WORK[size], random_pipeline.SIZES[size].side
-    policy = {key: changes.pop(key) for key in ("compile",) if key in changes}
+    policy = {key: changes.pop(key) for key in ("compile", "onednn") if key in changes}
     sampling = {
         "steps": 12,
         "window": 3,
@@ -370,7 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := refused(chosen.device, names):
         print(reason, file=sys.stderr)
         return 2
-    asked = chosen.only.split(",") if chosen.only else [v for v in VARIANTS if v not in ASKED_FOR or chosen.device == "cuda"]
+    left_out = ON_A_CPU if chosen.device == "cuda" else ASKED_FOR
+    asked = chosen.only.split(",") if chosen.only else [v for v in VARIANTS if v not in left_out]
     variants = [LOOP, HERE] + [v for v in VARIANTS if v != HERE and v in asked]
     rounds = chosen.rounds or (2 if chosen.quick else 3)
     return trainer_report.run(names, chosen.device, rounds, variants, chosen.threads, quick=chosen.quick)

@@ -231,6 +231,7 @@ WHAT = {
     "without kept texts": "off: each text is encoded again for every micro-batch",
     "without shared prefix": "off: every picture walks its whole way (sampling.prefix=own)",
     "without overlap": "off: the rewards of each rollout are waited for before the next is sampled",
+    "without oneDNN": "off: products with frozen weights by MKL, as torch alone computes them (policy.onednn)",
     "with larger batches": "on: {large} pictures in a pass (sampling.micro_batch)",
     "with fewer guided passes": "on: none behind the window (sampling.guided_steps=[0, 6]), which gives other pictures",
     "with one step ahead": "on: the next step is sampled before this one is learned from (sampling.ahead), one step off-policy",

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.config import ConfigError
+from trainer.policies.products import by_onednn
 from trainer.policies.texts import Row, Texts, fingerprint
 from trainer.sharding import wearing, whole
 from trainer.types import Condition
@@ -61,6 +62,7 @@ class PolicyOptions(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the network and the text encoders")
     gradient_checkpointing: bool = Field(default=False, description="activations are computed again in the backward pass")
     compile: bool = Field(default=False, description="torch.compile for the transformer; eager with a warning where that fails")
+    onednn: bool = Field(default=True, description="on a CPU: products with frozen float32 weights by oneDNN instead of MKL")
     text_encoders: Literal["offload", "keep"] = Field(default="offload", description="on an accelerator only while texts are new")
     text_cache: Path | None = Field(default=None, description="folder of encoded texts, shared by runs; null keeps them in memory")
     text_memory_gb: float = Field(
@@ -112,6 +114,8 @@ class Policy:
         self.transformer.to(self.device).eval()
         if options.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if options.onednn and not options.compile:
+            by_onednn(self.transformer)
         self._compiled = torch.compile(self.transformer) if options.compile else None
 
     @classmethod
