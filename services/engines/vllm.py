@@ -28,7 +28,7 @@ from PIL import Image
 
 from services.engines.base import Chat, Echo, Failure, First, Generated, Picture, Sampling, continued, picture_id, too_long
 from services.engines.options import EngineOptions, digest, reserved
-from services.engines.server import Server
+from shared.vllm_server import Server
 
 A = TypeVar("A")
 log = logging.getLogger("verism.vllm")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.engines.server import Server
+from shared.vllm_server import Server
 
 SCRIPT = """
 import http.server, os, pathlib, subprocess, sys, time
@@ -131,7 +131,7 @@ def test_a_server_does_not_outlive_who_started_it(tmp_path: Path, free_port: int
     (tmp_path / "serve.py").write_text(SCRIPT)
     code = f"""
 import pathlib, sys, time
-from services.engines.server import Server
+from shared.vllm_server import Server
 here = pathlib.Path({str(tmp_path)!r})
 arguments = [str(here / "serve.py"), "{free_port}", str(here)]
 server = Server(pathlib.Path(sys.executable), arguments, "http://127.0.0.1:{free_port}", {{}}, here / "log.txt", 20.0)
