@@ -7,9 +7,9 @@ Everything is frozen once the run starts and is written to the run's folder. A k
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -282,8 +282,8 @@ READS: dict[str, tuple[str, ...]] = {
     "base_bonus": ("std", "base_share", "base_guard"),
     "best": ("combine",),
     "best_worst": ("combine",),
-    "gdpo": (),
-    "group_relative": ("combine", "std"),
+    "gdpo": ("ddof", "missing"),
+    "group_relative": ("combine", "std", "ddof", "missing"),
     "log_tame": ("std", "tame_above"),
     "product": ("std",),
     "rwr": (),
@@ -297,7 +297,13 @@ class AdvantageConfig(Frozen):
     combine: Literal["normalize_then_sum", "sum_then_normalize"] = Field(
         default="normalize_then_sum", description="z-score each reward and sum, or sum the rewards as they are"
     )
-    std: Literal["group", "global"] = Field(default="group", description="divide by the group's deviation, or the whole step's")
+    std: Literal["group", "global", "none"] = Field(
+        default="group", description="divide by the group's deviation, or the whole step's; none by nothing (Dr. GRPO)"
+    )
+    ddof: Literal[0, 1] = Field(default=0, description="of deviations: 0 divides by n (Flow-GRPO), 1 by n - 1 (TRL)")
+    missing: Literal["mask", "skip"] = Field(
+        default="mask", description="a sample that lacks a reward is left out; skip: the reward is left out of its sum (TRL)"
+    )
     eps: float = Field(default=1e-4, gt=0, description="added to a deviation before dividing by it")
     clip: float = Field(default=5.0, gt=0, description="largest |A|")
     min_valid: int = Field(default=2, ge=2, description="a group with fewer scored members is left out of the step")
@@ -310,10 +316,14 @@ class AdvantageConfig(Frozen):
 
     @model_validator(mode="after")
     def _read(self) -> "AdvantageConfig":
-        for key in ("combine", "std", "base_share", "base_guard", "tame_above"):
+        for key in ("combine", "std", "ddof", "missing", "base_share", "base_guard", "tame_above"):
             if key not in READS[self.use] and getattr(self, key) != type(self).model_fields[key].default:
                 rules = [rule for rule, keys in READS.items() if key in keys]
                 raise ValueError(f"advantages.{key} is not read by use={self.use}: leave it away, or set use={' or '.join(rules)}")
+        if self.std == "none" and self.use != "group_relative":
+            raise ValueError(f"advantages.std=none is not known to use={self.use}: set use=group_relative, or std=group")
+        if self.per_reward and self.missing == "skip":
+            raise ValueError("advantages.per_reward needs every reward of a sample: leave missing=skip away")
         return self
 
     def options(self) -> dict[str, Any]:
@@ -631,12 +641,17 @@ class RunConfig(Frozen):
         """(low, high) of the ratio: as given, else as published for this loss and kind of step; None for losses that do not clip."""
         return clip_range(self.loss.use, self.sampling.kind, self.loss.clip_low, self.loss.clip_high)
 
+    @property
+    def compared(self) -> int:
+        """Pictures that meet in one tournament."""
+        return self.group.size
+
     @model_validator(mode="after")
     def _rewards_fit(self) -> "RunConfig":
         trained = {name: reward for name, reward in self.rewards.items() if reward.weight > 0}
         for name, reward in self.rewards.items():
             if reward.compare is not None:
-                _pairs_fit(name, reward.compare, self.group.size)
+                _pairs_fit(name, reward.compare, self.compared)
             if reward.role is not None and self.advantages.use != "base_bonus":
                 raise ValueError(f"rewards.{name}.role is read by advantages.use=base_bonus alone: set that, or leave role away")
         if self.advantages.use == "base_bonus":
@@ -675,6 +690,8 @@ class RunConfig(Frozen):
             )
         if g.diversity and (self.advantages.combine, self.advantages.std) != ("normalize_then_sum", "group"):
             raise ValueError("gardo.diversity takes the rewards as they are: leave advantages.combine and std away")
+        if g.diversity and (self.advantages.ddof, self.advantages.missing) != (0, "mask"):
+            raise ValueError("gardo.diversity takes no deviations and wants every reward: leave advantages.ddof and missing away")
         return self
 
 
@@ -709,14 +726,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def validate(raw: dict[str, Any], source: str) -> RunConfig:
     """RunConfig, or a ConfigError in words."""
+    kind = kind_of(raw)
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] != "extra_forbidden":
             raise ConfigError(f"{source}: {where}: {first['msg']}".replace(": : ", ": ")) from error
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(kind, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         hint = (
             f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?" if near else f"known there: {', '.join(known)}"
@@ -724,18 +742,26 @@ def validate(raw: dict[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source}: unknown key {where!r}; {hint}") from error
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
+def kind_of(raw: Mapping[str, Any]) -> type[RunConfig]:
+    """The configuration that a recipe is one of: with a `language` section it has a rewriter."""
+    if "language" not in raw:
+        return RunConfig
+    from trainer.language.config import LanguageRunConfig  # which builds on this file
+
+    return LanguageRunConfig
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     parts = iter(location)
     for part in parts:
         field = model.model_fields.get(part)
         if field is None:
             break
-        if part == "rewards":
-            model = RewardConfig
+        inside = get_args(field.annotation)
+        if get_origin(field.annotation) is dict:
             next(parts, None)  # its name
-            continue
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+            inside = inside[1:]
+        kinds = [kind for kind in (field.annotation, *inside) if isinstance(kind, type)]
         model = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if model is None:
             return []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,22 @@ class Advantages:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
-def usable(rewards_RB: Tensor, mask_RB: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards (R', B), weights (R',), valid_B) of the rewards with a weight, float64; a sample is valid when all of these scored it, and
-    has 0 everywhere when it is not."""
+def given(rewards_RB: Tensor, mask_RB: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards (R', B), weights (R',), known (R', B)) of the rewards with a weight, float64, 0 where not known."""
     if bool((weights_R < 0).any()) or float(weights_R.sum()) <= 0:
         raise ValueError("reward weights must be >= 0 and not all 0; for a reward to be lowered, set higher_is_better: false")
     used = weights_R > 0
     rewards = rewards_RB.double()[used]
-    valid_B = (mask_RB[used] & rewards.isfinite()).all(0)
-    return torch.where(valid_B, rewards, 0.0), weights_R.double()[used], valid_B
+    known_RB = mask_RB[used] & rewards.isfinite()
+    return torch.where(known_RB, rewards, 0.0), weights_R.double()[used], known_RB
+
+
+def usable(rewards_RB: Tensor, mask_RB: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards (R', B), weights (R',), valid_B) of the rewards with a weight, float64; a sample is valid when all of these scored it, and
+    has 0 everywhere when it is not."""
+    rewards, weights, known_RB = given(rewards_RB, mask_RB, weights_R)
+    valid_B = known_RB.all(0)
+    return torch.where(valid_B, rewards, 0.0), weights, valid_B
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,18 @@ class Scores:
 
 
 def z_scores(
-    rewards_RB: Tensor, valid_B: Tensor, group_B: Tensor, *, eps: float, min_valid: int, ddof: int = 0, of_batch: bool = False
+    rewards_RB: Tensor,
+    valid_B: Tensor,
+    group_B: Tensor,
+    *,
+    eps: float,
+    min_valid: int,
+    ddof: int = 0,
+    of_batch: bool = False,
+    divide: bool = True,
 ) -> Scores:
-    """(r - mean) / (std + eps) of each reward in its group, exactly 0 where all are equal; `of_batch` takes the batch's deviation.
+    """(r - mean) / (std + eps) of each reward in its group, exactly 0 where all are equal; `of_batch` takes the batch's deviation, without
+    `divide` it is r - mean.
 
     A group with fewer than `min_valid` valid members is dropped.
     """
@@ -76,8 +93,17 @@ def z_scores(
         centred[constant] = 0.0
         flat += int(constant.all())
         scale = spread if of_batch else inside.std(1, correction=ddof)
-        z[:, members] = centred / (scale[:, None] + eps)
+        z[:, members] = centred / (scale[:, None] + eps) if divide else centred
     return Scores(z, kept, flat, dropped)
+
+
+def z_scores_each(rewards_RB: Tensor, known_RB: Tensor, group_B: Tensor, **options: Any) -> Scores:
+    """`z_scores` of each reward among the samples that it scored, 0 for the others; a sample is kept when any reward's is."""
+    each = [z_scores(rewards_RB[r : r + 1], known_RB[r], group_B, **options) for r in range(len(rewards_RB))]
+    z, kept = torch.cat([scores.z_RB for scores in each]), torch.stack([scores.kept_B for scores in each]).amax(0)
+    groups = [group_B == group for group in torch.unique(group_B)]
+    dropped = sum(not bool(kept[members].any()) for members in groups)
+    return Scores(z, kept, sum(not bool(z[:, members].any()) for members in groups) - dropped, dropped)
 
 
 def one_row(rewards_RB: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:

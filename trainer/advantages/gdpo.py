@@ -4,10 +4,12 @@ The sum's mean over the batch is 0 by construction, so the last step divides by 
 exactly 0. Looks at the whole batch.
 """
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
-from trainer.advantages.common import Advantages, usable, z_scores
+from trainer.advantages.common import Advantages, given, usable, z_scores, z_scores_each
 
 
 def gdpo(
@@ -19,11 +21,18 @@ def gdpo(
     eps: float = 1e-4,
     clip: float = 5.0,
     min_valid: int = 2,
+    ddof: int = 0,
+    missing: Literal["mask", "skip"] = "mask",
 ) -> Advantages:
-    """float64 arithmetic, float32 answer; |A| <= clip."""
-    rewards, weights, valid_B = usable(rewards_RB, mask_RB, weights_R)
-    scores = z_scores(rewards, valid_B, group_B, eps=eps, min_valid=min_valid)
-    summed = scores.summed(weights)
+    """float64 arithmetic, float32 answer; |A| <= clip. `ddof` 1 and `missing` skip are TRL's, as in group_relative."""
+    options: dict[str, Any] = {"eps": eps, "min_valid": min_valid, "ddof": ddof}
+    if missing == "skip":
+        rewards, weights, known_RB = given(rewards_RB, mask_RB, weights_R)
+        scores = z_scores_each(rewards, known_RB, group_B, **options)
+    else:
+        rewards, weights, valid_B = usable(rewards_RB, mask_RB, weights_R)
+        scores = z_scores(rewards, valid_B, group_B, **options)
+    summed = (weights[:, None] * scores.z_RB).sum(0)
     kept = summed[scores.kept_B.bool()]
-    spread = kept.std(correction=0) if len(kept) else torch.zeros((), dtype=torch.float64)
+    spread = kept.std(correction=ddof) if len(kept) > ddof else torch.zeros((), dtype=torch.float64)
     return scores.answer(summed / (spread + eps), clip)

@@ -101,7 +101,7 @@ def test_the_configuration_knows_the_rules_and_what_they_read() -> None:
     for name, keys in READS.items():
         inner = RULES["best_worst"] if name == "best" else RULES[name]
         taken = {k for k, p in inspect.signature(inner).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        assert taken - {"eps", "clip", "min_valid", "ddof", "base", "worst"} == set(keys), name
+        assert taken - {"eps", "clip", "min_valid", "base", "worst"} == set(keys), name
         assert AdvantageConfig(use=name).options().keys() == {"eps", "clip", "min_valid", *keys}  # type: ignore[arg-type]
 
 
@@ -161,6 +161,44 @@ def test_best_and_worst_by_hand() -> None:
     assert RULES["best_worst"](uneven, GIVEN, ONE, torch.ones(2)).values_B.argmax() == 2
     summed = RULES["best_worst"](uneven, GIVEN, ONE, torch.ones(2), combine="sum_then_normalize")
     assert summed.values_B.tolist() == [1.0, 0.0, 0.0, -1.0]
+
+
+def test_other_deviations_and_missing_rewards_by_hand() -> None:
+    """TRL's choices: n - 1, no deviation at all, and a sum over the rewards that a sample has."""
+    one = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
+    args = one, torch.ones(1, 4, dtype=torch.bool), ONE, torch.ones(1)
+    rule = RULES["group_relative"]
+    assert rule(*args, std="none").values_B.tolist() == [-2.0, -1.0, 0.0, 3.0]
+    deviation = math.sqrt(14 / 3) + 1e-4
+    assert rule(*args, ddof=1).values_B.tolist() == pytest.approx([-2 / deviation, -1 / deviation, 0.0, 3 / deviation])
+    assert RULES["gdpo"](*args, ddof=1).values_B.tolist() == pytest.approx(
+        [-2 / deviation, -1 / deviation, 0.0, 3 / deviation], abs=1e-4
+    )
+    rewards = torch.tensor([[0.0, 4.0, math.nan, math.nan], [1.0, math.nan, 3.0, math.nan]])
+    holes = rewards, ~rewards.isnan(), ONE, torch.tensor([1.0, 2.0])
+    assert not rule(*holes).weights_B.any(), "one sample alone has both"
+    summed = rule(*holes, missing="skip", std="none", combine="sum_then_normalize")  # 2, 4 and 6; the last has none
+    assert summed.values_B.tolist() == [-2.0, 0.0, 2.0, 0.0] and summed.weights_B.tolist() == [1, 1, 1, 0]
+    each = rule(*holes, missing="skip", std="none")  # -2 2 . . and -1 . 1 ., weighed 1 and 2
+    assert each.values_B.tolist() == pytest.approx([-4 / 3, 2 / 3, 2 / 3, 0.0]) and each.weights_B.tolist() == [1, 1, 1, 0]
+    alone = torch.tensor([[1.0, math.nan, math.nan, math.nan], [math.nan, 2.0, math.nan, math.nan]])
+    none = rule(alone, ~alone.isnan(), ONE, torch.ones(2), missing="skip")
+    assert not none.weights_B.any() and none.dropped_groups == 1, "nothing to compare with"
+    flat = RULES["gdpo"](torch.ones(2, 4), ~rewards.isnan(), ONE, torch.ones(2), missing="skip")
+    assert not flat.values_B.any() and flat.zero_variance_groups == 1 and flat.dropped_groups == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), use=st.sampled_from(["group_relative", "gdpo"]), ddof=st.integers(0, 1))
+def test_where_nothing_is_missing_skipping_changes_nothing(case: tuple[Tensor, ...], use: str, ddof: int) -> None:
+    rewards, mask, group, weights = case
+    whole = mask.all(0)
+    if bool(whole.any()):
+        args = rewards[:, whole], mask[:, whole], group[whole], weights
+        plain, skipping = (RULES[use](*args, ddof=ddof, missing=missing) for missing in ("mask", "skip"))
+        torch.testing.assert_close(plain.values_B, skipping.values_B, rtol=1e-6, atol=1e-7)
+        assert torch.equal(plain.weights_B, skipping.weights_B)
+        assert (plain.zero_variance_groups, plain.dropped_groups) == (skipping.zero_variance_groups, skipping.dropped_groups)
 
 
 # Against the authors' code
@@ -394,6 +432,10 @@ def test_every_option_together_never_gives_what_is_not_finite(use: str, case: tu
         ({"rewards": {"a": {}, "b": {"weight": 0, "compare": {}}}, "checkpoint_best": "heldout:b"}, "name another"),
         ({"advantages": {"use": "product", "combine": "sum_then_normalize"}}, "use=best or best_worst or group_relative"),
         ({"advantages": {"tame_above": 1.0}}, "use=log_tame"),
+        ({"advantages": {"use": "rwr", "ddof": 1}}, "use=gdpo or group_relative"),
+        ({"advantages": {"use": "product", "std": "none"}}, "std=none is not known to use=product"),
+        ({"advantages": {"missing": "skip", "per_reward": True}}, "leave missing=skip away"),
+        ({"gardo": {"diversity": True}, "advantages": {"missing": "skip"}}, "leave advantages.ddof and missing away"),
         ({"gardo": {"gate": True}}, "name rewards of weight 0 in gardo.aux"),
         ({"gardo": {"aux": ["a"]}}, "gardo.gate=true"),
         ({"gardo": {"gate": True, "aux": ["b"]}}, "no reward here"),
