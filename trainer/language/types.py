@@ -69,8 +69,9 @@ class LanguagePolicy(Protocol):
     def prompt_ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """Instruction and user's prompt by the chat template, with what opens the answer; PromptTooLong names the prompt and the limit."""
 
-    def answers(self, prompts: Sequence[str], texts: Sequence[str]) -> Completions:
-        """These texts as if the model had written and ended them, for `logp` at temperature 1; logp_BT is 0. PromptTooLong as above."""
+    def answer_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens with which the model would write each text after `prompt_ids`, and the one that ends the turn; what looks like a special
+        token in a text is written out in plain ones."""
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], *, temperature: float, max_new_tokens: int, micro_batch: int = 64
