@@ -68,7 +68,7 @@ def _pair(raw: bytes, number: int, where: str) -> Pair:
         raise ConfigError(f"{where} is not a JSON object ({error}); write {_SHAPE}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{where} is not a JSON object; write {_SHAPE}")
-    return Pair(*(_text(value, key, where) for key in ("prompt", "rewrite")), number)
+    return Pair(_text(value, "prompt", where), _text(value, "rewrite", where), number)
 
 
 def _once(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
