@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, kind_of
 from trainer.sharding import like
 
 
@@ -277,7 +277,7 @@ def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A saved configuration with today's defaults for the keys that did not exist when it was written."""
     rewards = {name: {**reward, "url": "-"} for name, reward in config["rewards"].items()}
     try:
-        return training(RunConfig.model_validate({**config, "name": "saved", "rewards": rewards}))
+        return training(kind_of(config).model_validate({**config, "name": "saved", "rewards": rewards}))
     except ValidationError:
         return config
 
