@@ -1,13 +1,16 @@
 """Products with frozen weights by oneDNN on a CPU, forward and backward, in float32.
 
 torch leaves them to MKL, which takes half of the vector width of cores that are not Intel's. Only the input gets a gradient, as a LoRA's
-base layers need it. The sums are rounded in another order.
+base layers need it. The sums are rounded in another order. Small products stay with MKL: there is little to gain, and every shape of
+product costs memory for kernels of its own.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LARGE = 2**25  # multiplications
 
 
 class _Product(torch.autograd.Function):
@@ -26,6 +29,8 @@ class FrozenLinear(nn.Linear):
     """A linear layer whose weights get no gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.numel() * self.out_features < LARGE:
+            return super().forward(input)
         out: Tensor = _Product.apply(input, self.weight, self.bias)
         return out
 
