@@ -101,6 +101,7 @@ def recipe(size: str, folder: Path, prompts: Path, urls: dict[str, str], device:
         "rewards": {name: {"url": url} for name, url in urls.items()},
         "loss": {"use": "grpo", "clip_low": 1e-4, "clip_high": 1e-4},
         "kl": {"use": "x_kl", "weight": 0.04},
+        "tensorboard": False,  # the loop writes no logs
     }
     return config.validate(raw, "the benchmark's recipe")
 

@@ -216,12 +216,13 @@ UNBOUND = (
         "reward_outage_s",
         "max_unscored_steps",
     ),
-    *("checkpoint_every", "checkpoint_keep", "checkpoint_best"),
+    *("checkpoint_every", "checkpoint_keep", "checkpoint_best", "tensorboard"),
 )
 FREE = (
     "sampling.micro_batch",
     "policy.gradient_checkpointing",
     "policy.compile",
+    "policy.onednn",
     "policy.text_encoders",
     "policy.text_cache",
     "policy.text_memory_gb",

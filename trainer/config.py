@@ -583,6 +583,7 @@ class RunConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     alarm: AlarmConfig = AlarmConfig()
     parallel: ParallelConfig = ParallelConfig()
+    tensorboard: bool = Field(default=True, description="events for TensorBoard in the run folder's `tb`, beside metrics.jsonl")
     checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints; every evaluation makes one too")
     checkpoint_keep: int = Field(default=2, ge=1, description="newest ones kept; the best is kept besides")
     checkpoint_best: str = Field(

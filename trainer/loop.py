@@ -106,7 +106,7 @@ class Run:
         self.versions = known | self.versions
         self.monitors = load_monitors(config)
         self.features = features_for(config, self.monitors)  # of gardo.diversity
-        self.metrics = Metrics(folder, resume_at=self.done if resumed else None, quiet=self.quiet)
+        self.metrics = Metrics(folder, self.done if resumed else None, self.quiet, config.tensorboard)
         if not self.quiet:
             (folder / "config.yaml").write_text(dump(config))
             checkpoint.write_json(folder / "versions.json", self._versions())

@@ -12,28 +12,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
     """One JSON object per line. Opening with `resume_at` drops every line after that step, so a resumed run repeats none.
 
-    `quiet` writes nothing anywhere: for all ranks but the first. A disk that is full is no end: lines wait in memory, and `sync` raises
+    `quiet` writes nothing anywhere: for all ranks but the first; `tensorboard` writes its events too. A disk that is full is no end: lines wait in memory, and `sync` raises
     OSError as long as some do; pictures and TensorBoard's file are given up with a word to `warn`.
     """
 
-    def __init__(self, run: Path, resume_at: int | None = None, quiet: bool = False) -> None:
+    def __init__(self, run: Path, resume_at: int | None = None, quiet: bool = False, tensorboard: bool = True) -> None:
         self.path, self.quiet = run / "metrics.jsonl", quiet
         self.warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
         kept = [line for line in read(self.path) if line["step"] <= resume_at] if resume_at is not None else []
         self.evaluations: list[dict[str, Any]] = [line for line in kept if line["kind"] == "eval"]
-        self._waiting, self._file, self._board = b"", -1, None
+        self._waiting, self._file = b"", -1
+        self._board: Any = None
         if quiet:
             return
         beside = self.path.with_name(".metrics.building")
         beside.write_text("".join(_line(line) for line in kept))
         beside.replace(self.path)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        if not tensorboard:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # 6 MB
+
         self._board = SummaryWriter(str(run / "tb"), purge_step=None if resume_at is None else resume_at + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:

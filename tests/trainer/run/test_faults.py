@@ -22,7 +22,7 @@ from tests.trainer.run.runs import config, numbers, run
 from tests.trainer.run.service import Service, recipe, serve
 from trainer import checkpoint, loop, memory, outage
 from trainer.config import ConfigError
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, read
 from trainer.parallel import World
 
 LORA = {"rank": 4, "alpha": 8}
@@ -334,6 +334,16 @@ def test_a_second_rank_writes_nothing_and_computes_the_same(
         numbers(whole)[0]["reward/total"],
         numbers(whole)[1]["loss"],
     ]
+
+
+def test_events_for_tensorboard_are_a_choice(tmp_path: Path) -> None:
+    for name, wanted in (("with", True), ("without", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        metrics = Metrics(folder, tensorboard=wanted)
+        metrics.write("step", 1, {"loss": 1.0})
+        metrics.close()
+        assert (folder / "tb").exists() == wanted and len(read(metrics.path)) == 1
 
 
 def test_metrics_of_a_quiet_rank_know_the_evaluations(whole: Path) -> None:
