@@ -17,8 +17,8 @@ from PIL import Image
 class Metrics:
     """One JSON object per line. Opening with `resume_at` drops every line after that step, so a resumed run repeats none.
 
-    `quiet` writes nothing anywhere: for all ranks but the first; `tensorboard` writes its events too. A disk that is full is no end: lines wait in memory, and `sync` raises
-    OSError as long as some do; pictures and TensorBoard's file are given up with a word to `warn`.
+    `quiet` writes nothing anywhere: for all ranks but the first; `tensorboard` writes its events too. A disk that is full is no end: lines
+    wait in memory, and `sync` raises OSError as long as some do; pictures and TensorBoard's file are given up with a word to `warn`.
     """
 
     def __init__(self, run: Path, resume_at: int | None = None, quiet: bool = False, tensorboard: bool = True) -> None:
