@@ -49,8 +49,8 @@ class Roomy(DynamicLayer):
         self.keys, self.values = keys[..., :need, :], values[..., :need, :]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
         self._buffers = None
 
 
@@ -64,7 +64,7 @@ class _Read:
     last_UD: Tensor
 
     def select(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask_UP, self.length_U, self.last_UD = self.mask_UP[rows], self.length_U[rows], self.last_UD[rows]
 
 
@@ -171,7 +171,7 @@ class Network:
         if common:
             first = torch.tensor([prompts[0][:common]], device=self.device)
             self._forward(first, None, torch.arange(common, device=self.device)[None], cache)
-            cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=self.device))
+            cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=self.device))
         length_U = torch.tensor([len(p) for p in prompts], device=self.device)
         rest_UR = pad_sequence([torch.tensor(p[common:], device=self.device) for p in prompts], batch_first=True)
         places_P = torch.arange(common + rest_UR.shape[1], device=self.device)

@@ -87,7 +87,8 @@ class RewriterPolicy:
         self._initial = {k: p.detach().cpu().clone() for k, p in self.trainable().items()} if keeps else None
         model.to(self.device).eval()
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if options.onednn:
             by_onednn(model)
         casts = options.lora is None and self.dtype != torch.float32
