@@ -80,7 +80,7 @@ class Server:
                 why = self._come_up()
                 came_up = not why
             except OSError as error:
-                why = f"cannot run {self._command[0]}: {error}; make vllm builds it, or set vllm.python"
+                why = f"cannot run {self._command[0]}: {error}; make vllm builds it, or set python to one that has vLLM"
             if came_up:
                 tries = 0
                 self._ready.set()
@@ -124,7 +124,7 @@ class Server:
                 log.info("the vLLM server at %s is ready after %.0f s", self.url, now - began)
                 return ""
             if now - began > self._start_s:
-                return f"the vLLM server did not start within {self._start_s:.0f} s (vllm.start_s). The end of its log:\n{self.last_lines()}"
+                return f"the vLLM server did not start within {self._start_s:.0f} s (start_s). The end of its log:\n{self.last_lines()}"
             if now - told > _TELL_S:
                 told = now
                 log.info("the vLLM server starts, %.0f s so far: %s", now - began, self.last_lines(1))

@@ -102,7 +102,7 @@ def test_a_server_that_does_not_come_up_is_said_with_the_end_of_its_log(make: Ca
         make(python=Path("/nowhere/python")).start()
     (tmp_path / "broken").unlink()
     (tmp_path / "slow").touch()
-    with pytest.raises(ValueError, match=r"did not start within 1 s \(vllm\.start_s\)[\s\S]*loading weights"):
+    with pytest.raises(ValueError, match=r"did not start within 1 s \(start_s\)[\s\S]*loading weights"):
         make(start_s=1).start()
 
 
