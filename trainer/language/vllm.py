@@ -36,7 +36,7 @@ PROBE = ("a dog on a beach", "A dog on a beach, soft light and fine grain, a pho
 TEMPERATURE, TOKENS = 0.7, 8  # of the probe that the server draws
 COLDEST = 0.01  # below, vLLM takes 0.01 in its place
 BANDS = {"float32": 2e-4, "bfloat16": 0.2, "float16": 0.2}
-FAR = 20  # bands by which the rehearsal moves the probe
+FAR = {"float32": 0.1, "bfloat16": 1.0, "float16": 1.0}  # by how much the rehearsal moves the probe, or five bands
 SEEDS = 2**63 - 1
 # The whole distribution, whatever the server's own settings; tokens and their log-probabilities told by number.
 WHOLE: dict[str, Any] = {
@@ -259,13 +259,14 @@ class VllmEngine:
 
     @contextmanager
     def _far(self) -> Iterator[None]:
-        """Inside, the LoRA moves the probe by many bands. SyncFailed where none does."""
+        """Inside, the LoRA moves the probe by far more than the band. SyncFailed where none does."""
+        far = max(5 * self.band, FAR[self.policy.options.dtype])
         with self._other(torch.zeros_like):
             base_T = self._logp(self._probe)
         for power in range(-10, 11):
             generator = torch.Generator().manual_seed(0)
             with self._other(_moved(2.0**power, generator)):
-                if float((self._logp(self._probe) - base_T).abs().max()) > FAR * self.band:
+                if float((self._logp(self._probe) - base_T).abs().max()) > far:
                     yield
                     return
         raise SyncFailed("no value of the policy's LoRA changes its log-probabilities: it is not attached to the model")
