@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest
 LOOPBACK = "127.0.0.1"
-OF_A_CHILD = "python port context memory cpu_cache_gib max_num_seqs eager extra environment start_s log".split()
+CHILD = ("python", "port", "context", "memory", "cpu_cache_gib", "max_num_seqs", "eager", "extra", "environment", "start_s", "log")
 
 
 class VllmOptions(BaseModel):
@@ -50,7 +50,7 @@ class VllmOptions(BaseModel):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> "VllmOptions":
-        if self.url is not None and (told := [name for name in OF_A_CHILD if name in self.model_fields_set]):
+        if self.url is not None and (told := [name for name in CHILD if name in self.model_fields_set]):
             raise ValueError(f"with a `url` no server is started: leave {', '.join(told)} away")
         if self.url is None and (told := [name for name in ("key_env", "checksum") if name in self.model_fields_set]):
             raise ValueError(f"{', '.join(told)}: for a server at a `url`; without one, leave it away")
