@@ -38,7 +38,9 @@ start the services first (`make serve`), then:
   verism-train world rewards.detector.url=http://gpu3:8001  a service somewhere else
   verism-train world --resume                               go on after Ctrl-C, a crash or an alarm
   verism-train my.yaml --dry-run                            what it will cost; no service has to be there
+  verism-train realgen_llm_small                            a language model that rewrites prompts; dual_grpo_small trains both
   verism-train export runs/world --format diffusers --out F the adapter for others' tools
+  verism-train sft world/rewrites/pairs_train.jsonl         a cold start for the language model (verism-train sft --help)
 
 The run folder (runs/NAME) holds config.yaml, metrics.jsonl, grids/, checkpoints/, adapter/ (diffusers LoRA) and tb/
 (`tensorboard --logdir runs`). Ctrl-C finishes the step, saves and exits; twice exits at once.
@@ -84,10 +86,14 @@ gets the one in VERISM_API_KEY. A judge without a service, or a remote one with 
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """`verism-train`, and `verism-train export`; exit status 0 done, 1 stopped early, 2 cannot start, 130 interrupted and saved."""
+    """`verism-train`, `verism-train export` and `sft`; exit status 0 done, 1 stopped early, 2 cannot start, 130 interrupted and saved."""
     told = list(sys.argv[1:] if argv is None else argv)
     if told[:1] == ["export"]:  # a recipe of that name is ./export.yaml
         return _export(told[1:])
+    if told[:1] == ["sft"]:
+        from trainer.language import sft
+
+        return sft.main(told[1:])
     parser = _parser("verism-train", "Train an image policy by GRPO against reward services.", TRAIN_HELP)
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
@@ -277,7 +283,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         return _dry_run(console, config, folder)
     world = parallel.start(config.parallel.timeout_s, config.device)
-    run = loop.Run(config, folder, resume=args.resume, world=world)
+    run = loop.run_of(config, folder, args.resume, world=world)
     try:
         console.print(
             f"{folder}: {'resumed after' if run.done else 'starting at'} step {run.done} of {config.steps}",
@@ -293,7 +299,8 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         console.print(f"saved in {folder}; go on with --resume", soft_wrap=True)
         return 130
     done = json.loads((folder / "done.json").read_text())
-    console.print(f"{reason}; best step {done['best_step']}; adapter in {folder / 'adapter'}", soft_wrap=True)
+    given = ", ".join(f"{name} in {folder / name}" for name in run.gifts())
+    console.print(f"{reason}; best step {done['best_step']}; {given}", soft_wrap=True)
     return 0
 
 
@@ -303,11 +310,11 @@ def _dry_run(console: Console, config: RunConfig, folder: Path) -> int:
 
     services = plan.answering(config.rewards)
     with tempfile.TemporaryDirectory() as scratch:
-        run = loop.Run(config, Path(scratch), services=False)
+        run = loop.run_of(config, Path(scratch), services=False)
         run.folder = folder  # whose disk counts
         try:
             with memory.explained(run.config, lambda: "the rehearsal of a step"):
-                console.print(plan.table(run, services), markup=False, highlight=False)
+                console.print(run.plan(services), markup=False, highlight=False)
         finally:
             run.close()
     if missing := [name for name, state in services.items() if state.startswith("MISSING")]:
@@ -319,8 +326,8 @@ def _estimate(run: Any) -> str:
     """Cost of the whole run, from the trajectory that was checked at the start: sampled steps, about three times as much per trained one."""
     c = run.config
     s, w = c.sampling, c.sampling.window or 0
-    if not run.accepted_s or c.clip_range() is None or c.loss.use in FORWARD:  # no trajectory was drawn
-        return f"{c.group.size * c.group.prompts * (c.steps - run.done) * len(c.rewards)} scores; --dry-run estimates the time"
+    if not run.accepted_s or c.clip_range() is None or c.loss.use in FORWARD or c.pictures > c.group.size * c.group.prompts:
+        return f"{c.pictures * (c.steps - run.done) * len(c.rewards)} scores; --dry-run estimates the time"  # no trajectory, or not of all
     groups = max(1, min(c.group.prompts, s.micro_batch // c.group.size))
     unit = run.accepted_s / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
     passes = s.steps + w * (4 if c.kl.weight > 0 else 3)
@@ -383,7 +390,7 @@ class _Screen:
             self.progress.update(
                 self.task,
                 completed=line["step"],
-                description=_short(line, ("reward/total", "kl", "failed_scores")),
+                description=_short(line, ("reward/total", "kl", "language/kl", "failed_scores")),
             )
             if not self.profiled:
                 self.profiled = True
@@ -413,7 +420,8 @@ class _Screen:
 
 
 def _shown(line: dict[str, Any]) -> list[str]:
-    return [k for k in line if k.endswith("/mean") or k in ("heldout_cnn", "heldout_spectrum", "distance", "class_hit")]
+    plain = ("heldout_cnn", "heldout_spectrum", "distance", "class_hit", "over_none/total", "over_untrained/total")
+    return [k for k in line if k.endswith("/mean") or k in plain]
 
 
 def _short(line: dict[str, Any], keys: Sequence[str]) -> str:

@@ -227,6 +227,10 @@ FREE = (
     "policy.text_cache",
     "policy.text_memory_gb",
     "policy.decode_pixels",
+    "language.engine.use",
+    "language.micro_batch",
+    "language.policy.gradient_checkpointing",
+    "language.policy.onednn",
 )  # no other task, though other windows and rounding: allowed, and told
 
 
@@ -237,6 +241,9 @@ def training(config: RunConfig) -> dict[str, Any]:
         plain.pop(key, None)
     for reward in plain["rewards"].values():
         reward.pop("url")
+    if "language" in plain:
+        plain["language"]["engine"] = {"use": plain["language"]["engine"]["use"]}
+        del plain["language"]["shown"], plain["language"]["eval_temperature"]
     return plain
 
 

@@ -647,6 +647,11 @@ class RunConfig(Frozen):
         """Pictures that meet in one tournament."""
         return self.group.size
 
+    @property
+    def pictures(self) -> int:
+        """Of a step."""
+        return self.group.prompts * self.group.size
+
     @model_validator(mode="after")
     def _rewards_fit(self) -> "RunConfig":
         trained = {name: reward for name, reward in self.rewards.items() if reward.weight > 0}

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from trainer import alarm, checkpoint, memory, parallel, sharding
+from trainer import alarm, checkpoint, memory, parallel, plan, sharding
 from trainer.advantages.aggregate import aggregate, check, features_for, gate_of, per_group
 from trainer.advantages.common import Advantages
 from trainer.ahead import Ahead, Drawn
@@ -97,9 +97,7 @@ class Run:
             with memory.explained(config, lambda: "the first trajectory"):
                 self.accept()
             self.accepted_s = time.monotonic() - start
-        self.scorer: Scorer = (
-            Scorer(config.rewards, config.reward_timeout_s, config.reward_outage_s) if services else cast(Any, None)
-        )
+        self.scorer: Scorer = self.judges() if services else cast(Any, None)
         if services:
             check(config, self.scorer)
         known = {name: info.version for name, info in self.scorer.infos.items()} if services else {}
@@ -119,6 +117,23 @@ class Run:
             "gardo": self.gate,
         }
         return {name: part for name, part in found.items() if part is not None}
+
+    def judges(self) -> Scorer:
+        """The services."""
+        return Scorer(self.config.rewards, self.config.reward_timeout_s, self.config.reward_outage_s)
+
+    def plan(self, services: Mapping[str, str]) -> Any:
+        """A table of what the run will cost."""
+        return plan.table(self, services)
+
+    def gifts(self) -> dict[str, Callable[[Path], None]]:
+        """What a finished run gives away, by the name of its folder, and how each is written."""
+
+        def adapter(folder: Path) -> None:
+            with self.learner.ema.swapped():
+                self.policy.save_adapter(folder, quiet=self.quiet)
+
+        return {"adapter": adapter}
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -294,6 +309,10 @@ class Run:
         saved = checkpoint.read(folder)
         checkpoint.check_model(saved, self.policy.fingerprint())
         checkpoint.check_shapes(self.weights, saved.under("weights"))
+        self.wear(saved)
+
+    def wear(self, saved: checkpoint.Saved) -> None:
+        """What was learned until a checkpoint, without the optimiser."""
         self.learner.adopt(saved)
 
     def adopt_best(self) -> tuple[int, checkpoint.Saved]:
@@ -466,14 +485,14 @@ def _train(run: Run, stop: Callable[[], bool], tell: Callable[[dict[str, Any]], 
                 )
             reason = _after(run, tell, note)
     best, saved = run.adopt_best()
-    run.learner.adopt(saved)
+    run.wear(saved)
     try:
-        _adapter(run)
+        _give(run)
         if not run.quiet:
             checkpoint.write_json(run.folder / "done.json", {"best_step": best, "reason": reason})
     except OSError as error:
         raise DiskFull(
-            f"the adapter could not be written into {run.folder} ({error}); make room and start again with --resume"
+            f"what was trained could not be written into {run.folder} ({error}); make room and start again with --resume"
         ) from error
     run.world.wait()
     return reason
@@ -499,22 +518,31 @@ def _keep(run: Run, note: Callable[[str], None], must: bool = False) -> None:
         note(f"{error}; {stands}. The run goes on and tries again at the next checkpoint; make room.")
 
 
-def _adapter(run: Run) -> None:
-    """The folder `adapter`, whole or not at all."""
-    building, final = run.folder / ".adapter.building", run.folder / "adapter"
-    if not run.quiet:
-        shutil.rmtree(building, ignore_errors=True)
-    with run.learner.ema.swapped():
-        run.policy.save_adapter(building, quiet=run.quiet)
-    if not run.quiet:
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
+def _give(run: Run) -> None:
+    """Each folder whole or not at all."""
+    for name, write in run.gifts().items():
+        building, final = run.folder / f".{name}.building", run.folder / name
+        if not run.quiet:
+            shutil.rmtree(building, ignore_errors=True)
+        write(building)
+        if not run.quiet:
+            shutil.rmtree(final, ignore_errors=True)
+            building.rename(final)
+
+
+def run_of(config: RunConfig, folder: Path, resume: bool = False, **options: Any) -> Run:
+    """The run that a configuration is of: with a rewriter, or of pictures alone."""
+    if type(config) is RunConfig:
+        return Run(config, folder, resume, **options)
+    from trainer.language.run import LanguageRun  # which builds on this file
+
+    return LanguageRun(cast(Any, config), folder, resume, **options)
 
 
 def look(config: RunConfig, run_folder: Path | None, step: int) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Measure a checkpoint of a run (or the bare policy when `run_folder` is None) and write nothing into the run."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(config.model_copy(update={"parallel": ParallelConfig()}), Path(scratch), accept=False)
+        run = run_of(config.model_copy(update={"parallel": ParallelConfig()}), Path(scratch), accept=False)
         try:
             if run_folder is not None:
                 run.adopt(checkpoint.folder_of(run_folder, step))
@@ -531,7 +559,7 @@ def export_whole(config: RunConfig, run_folder: Path, step: int, out: Path) -> N
         run = Run(config, Path(scratch), services=False, accept=False)
         try:
             run.adopt(checkpoint.folder_of(run_folder, step))
-            _adapter(run)
+            _give(run)
         finally:
             run.close()
         shutil.copytree(run.folder / "adapter", out)

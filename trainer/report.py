@@ -26,6 +26,8 @@ from jinja2 import Environment
 from matplotlib.axes import Axes
 from PIL import Image
 
+from trainer.language import report as language
+
 Row = dict[str, Any]
 CLEARLY = 1.05  # a distance that changed by less than 5 % is not called nearer or farther
 BLUE, ORANGE, RED, GREY = "#0072b2", "#d55e00", "#b00020", "#6b7280"  # Okabe and Ito's palette: safe for colour-blind readers
@@ -370,6 +372,7 @@ def _section(record: Record) -> dict[str, Any]:
         "name": record.name,
         "description": record.config.get("description", ""),
         "verdict": verdict(record),
+        "language": language.section(record.folder, record.config, record.judged()),
         "changes": [
             {
                 "label": c.label,

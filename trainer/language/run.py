@@ -1,0 +1,622 @@
+"""One run with a rewriter: prompts -> rewrites -> pictures -> rewards -> advantages -> steps of whoever learns. Read `LanguageRun.step`.
+
+The image side is `trainer.loop.Run` as it is; the rewriter, its engine and its learner are a `Writer`, whose state a checkpoint carries along.
+Everything random is a function of (seed, step) here too.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers.utils import logging as diffusers_logging
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from rich.table import Table
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from trainer import checkpoint, plan
+from trainer.advantages import transforms
+from trainer.advantages.aggregate import aggregate, better
+from trainer.advantages.common import Advantages
+from trainer.config import ConfigError, Stopped
+from trainer.language.config import LanguageRunConfig
+from trainer.language.judges import Judges
+from trainer.language.learning import TokenLearner
+from trainer.language.penalties import Costs, costs, painted
+from trainer.language.policy import PromptTooLong, RewriterPolicy, TransformersEngine
+from trainer.language.remote import VllmError
+from trainer.language.tree import Tree, paint, rewrite_advantages
+from trainer.language.types import Completions, Engine
+from trainer.loop import Run, device_of, read_prompts, summary, total
+from trainer.parallel import ALONE
+from trainer.regularizers.gardo import together
+from trainer.scoring import Rewards, Scorer
+from trainer.types import Prompt, Rollout
+
+COMPLAINTS = {
+    "rewrites/truncated": "their length ran out before they ended: raise language.max_new_tokens, or begin with trainer.language.sft",
+    "rewrites/empty": "nothing was written, and the user's own words were painted: begin from a cold start, or take another instruction",
+    "rewrites/refusal": "the model declined, and the user's own words were painted: take another instruction or another model",
+    "rewrites/unread": "they are longer than the image policy reads: lower language.penalties.length.max, or raise its max_sequence_length",
+    "penalty/repetition": "they repeat themselves: lower language.temperature or language.optim.lr, or raise language.kl.weight",
+    "penalty/subject": "they lose the subject: raise language.penalties.subject.weight or the weight of an alignment reward",
+}
+
+
+class EngineGone(Stopped):
+    """No rewrites; the run is saved."""
+
+
+class Writer:
+    """The rewriter, who draws for it, and, where it learns, its learner. A part of a checkpoint."""
+
+    def __init__(self, config: LanguageRunConfig, prompts: Sequence[Sequence[Prompt]]) -> None:
+        """ConfigError names what cannot be loaded, and the prompt that the model cannot read."""
+        self.config = c = config.language
+        self.policy = load_rewriter(config)
+        self.instruction = str(self.policy.chat.instruction)
+        _readable(self.policy, prompts, c.max_new_tokens)
+        self.learner = TokenLearner(self.policy, c) if config.writes else None
+        self.seed, self.foreign = config.seed, c.engine.use != "transformers"
+        self._engine: Engine | None = None
+        self._synced = -1  # the optimiser step whose weights the engine has
+
+    def start(self) -> Engine:
+        """The engine, which a dry run and an evaluation do without."""
+        if self._engine is None:
+            self._engine = engine_of(self.config.engine.use, self.policy, self.config)
+        return self._engine
+
+    def write(self, step: int, prompts: Sequence[Prompt]) -> tuple[Completions, dict[str, float]]:
+        """`rewrites` of each prompt in turn, and numbers; from an engine that has the present weights, or SyncFailed."""
+        numbers: dict[str, float] = {}
+        updates = self.learner.updates if self.learner is not None else 0
+        if self._synced != updates:
+            told = self.start().sync(step)
+            numbers = {f"sync/{key}": float(value) for key, value in told.items() if isinstance(value, int | float)}
+            self._synced = updates
+        count = self.config.rewrites
+        texts = [prompt.text for prompt in prompts for _ in range(count)]
+        seeds = [rewrite_seed(self.seed, step, p.id, place * count + j) for place, p in enumerate(prompts) for j in range(count)]
+        c = self.config
+        return self.start().sample(texts, seeds, temperature=c.temperature, max_new_tokens=c.max_new_tokens), numbers
+
+    def rewritten(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
+        """One answer to each prompt as evaluations ask, by the policy's own model as it stands."""
+        c = self.config
+        seeds = [rewrite_seed(seed, -1, prompt.id, 0) for prompt in prompts]
+        texts, most = [prompt.text for prompt in prompts], c.max_new_tokens
+        with torch.no_grad():
+            drawn = self.policy.sample(texts, seeds, temperature=c.eval_temperature, max_new_tokens=most, micro_batch=c.micro_batch)
+        return list(drawn.texts)
+
+    def forget(self) -> None:
+        """The weights were changed from outside: the engine has to be told."""
+        self._synced = -1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.learner.state() if self.learner is not None else ({}, {"fingerprint": self.policy.fingerprint()})
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.forget()
+        if self.learner is not None:
+            self.learner.load_state(tensors, values)
+        elif values["fingerprint"] != self.policy.fingerprint():
+            raise checkpoint.CheckpointError(
+                "the checkpoint's run had another rewriter than language.policy.path: give it, or take another --run-dir"
+            )
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._engine is not None:
+            self._engine.close()
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A step's pictures on their way: rollouts of whole rewrites in their order, what is asked about them, and the words that were painted."""
+
+    rollouts: Sequence[Rollout]
+    futures: Sequence[Any]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An evaluation's pictures under one way of writing prompts: rewards (R, B), and what was never one."""
+
+    values_RB: Tensor
+    monitors: Mapping[str, float]
+    texts: Sequence[str]
+    missing: int
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        rows = [[None if math.isnan(v) else v for v in row] for row in self.values_RB.tolist()]
+        return {"values": rows, "monitors": dict(self.monitors), "texts": list(self.texts), "missing": self.missing}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "Arm":
+        rows = [[math.nan if v is None else v for v in row] for row in told["values"]]
+        return cls(torch.tensor(rows, dtype=torch.float64), dict(told["monitors"]), list(told["texts"]), int(told["missing"]))
+
+
+class LanguageRun(Run):
+    """A run whose prompts are rewritten before they are painted; `language.mode` says who learns."""
+
+    config: LanguageRunConfig
+
+    def __init__(self, config: LanguageRunConfig, folder: Path, resume: bool = False, **options: Any) -> None:
+        """As Run, on one rank."""
+        if options.get("world", ALONE).size > 1:
+            raise ConfigError(
+                "a run with `language` is of one process: start it without torchrun (an engine may have GPUs of its own)"
+            )
+        diffusers_logging.set_verbosity_error()  # each text that an encoder cuts off; `rewrites/unread` counts them
+        transformers_logging.set_verbosity_error()
+        self.tree = Tree(config.group.prompts, config.language.rewrites, config.group.size)
+        self.writer = Writer(config, read_prompts(config.prompts)) if config.language.policy is not None else None
+        self._arms: dict[str, Arm] | None = None
+        self._said: set[str] = set()
+        self._fresh = True  # both policies are what they were before training
+        try:
+            super().__init__(config, folder, resume, **options)
+        except BaseException:
+            if self.writer is not None:
+                self.writer.close()
+            raise
+        if self.writer is not None and options.get("services", True) and options.get("accept", True):
+            try:
+                self.writer.start()
+            except BaseException:
+                self.close()
+                raise
+
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """The rewriter's too."""
+        return super().parts() | ({"language": self.writer} if self.writer is not None else {})
+
+    def judges(self) -> Scorer:
+        """Services that are asked with the user's words, or the painted ones."""
+        return cast(Scorer, Judges(self.config))
+
+    @property
+    def services(self) -> Judges:
+        return cast(Judges, self.scorer)
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """Sign of each reward on which neither policy is trained."""
+        whole = self.services.whole
+        rows = zip(whole.names, whole.signs_R.tolist(), whole.weights_R.tolist(), strict=True)
+        return {name: sign for name, sign, weight in rows if weight == 0}
+
+    def accept(self) -> float:
+        """Nothing to look at where no picture is learned from."""
+        return super().accept() if self.config.paints else 0.0
+
+    def step(self) -> dict[str, Any]:
+        """One step: the tree grows, its pictures are scored while others are painted, and who learns at this step learns."""
+        start, c, step = time.monotonic(), self.config, self.done
+        mode = c.language.mode_at(step)
+        users = self._prompts_of(step)
+        written, told = self._written(step, users)
+        rewritten = time.monotonic()
+        self.profile.start()
+        grown = self._grow(step, users, written, learned=mode != "language")
+        sampled = time.monotonic()
+        rewards = self.services.collect(cast(Any, grown.futures))
+        waited = time.monotonic() - sampled
+        self.versions.update(rewards.versions)
+        numbers, usable, samples = dict(told), False, {"masked_samples": 0, "zero_std_groups": 0, "dropped_groups": 0}
+        if mode != "language":
+            advantages = self._of_pictures(grown, rewards)
+            useful = bool(advantages.weights_B.any())
+            learned = self.learner.learn(grown.rollouts, advantages, step) if useful else {}
+            usable, numbers = useful, {**numbers, **learned, **advantages.numbers}
+            samples["masked_samples"] = int((advantages.weights_B == 0).sum())
+            samples |= {"zero_std_groups": advantages.zero_variance_groups, "dropped_groups": advantages.dropped_groups}
+        if written is not None:
+            judged = self._costs(users, written)
+            numbers |= {
+                **judged.numbers,
+                **_written_numbers(written, self.tree),
+                "rewrites/unread": unread(self.policy, grown.texts),
+            }
+            if mode != "images":
+                advantages = self._of_rewrites(rewards, judged, written)
+                useful = bool(advantages.weights_B.any())
+                usable = usable or useful
+                numbers |= {f"language/{key}": value for key, value in self._learn(written, advantages, step, useful).items()}
+            self._complain(numbers)
+        self.unscored_steps = 0 if bool(rewards.mask_RB.any()) else self.unscored_steps + 1
+        self.done, self._fresh = self.done + 1, False
+        end = time.monotonic()
+        return self.metrics.write(
+            "step",
+            self.done,
+            {
+                **summary(cast(Scorer, self.services.whole), rewards, self.first, "mean", "std"),
+                **numbers,
+                "mode": mode,
+                "skipped": not usable,
+                "failed_scores": rewards.missing,
+                **samples,
+                "failures": dict(rewards.failures),
+                "seconds/rewrite": rewritten - start,
+                **self.profile.split(sampled - rewritten),
+                "seconds/wait": waited,
+                "seconds/train": end - sampled - waited,
+                "pictures/second": c.pictures / (end - start),
+            },
+        )
+
+    def measure(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """The fixed prompts and noise: the rewriter as it is against no rewriting, and against the rewriter before training, both painted by
+        the image policy before training.
+
+        `over_none/NAME` and `over_untrained/NAME` are means over prompts of the paired differences, `..._sem` their standard errors.
+        """
+        with self.learner.ema.swapped():
+            images, arm = self._arm(self._now())
+        arms, whole, count = self._before(arm), cast(Scorer, self.services.whole), len(images)
+        values: dict[str, Any] = {**summary(whole, _rewards(arm), self.first, "mean", "std", "sem"), "n": count}
+        values |= {"failed_scores": arm.missing, **arm.monitors}
+        first = self.first or values
+        for name, other in arms.items():
+            told = summary(whole, _rewards(other), first, "mean")
+            values |= {
+                f"{name}/{key}": told[f"reward/{key}{end}"] for key, end in [*((n, "/mean") for n in whole.names), ("total", "")]
+            }
+            values |= {f"{name}/{key}": value for key, value in other.monitors.items()}
+            now, then = ([*one.values_RB, total(whole, one.values_RB, first)] for one in (arm, other))
+            for reward, after, before in zip((*whole.names, "total"), now, then, strict=True):
+                mean, sem = paired(after - before, [i % len(arm.texts) for i in range(count)])
+                values[f"over_{name}/{reward}"], values[f"over_{name}/{reward}_sem"] = mean, sem
+        if not self.quiet:
+            write_rewrites(self.folder, self.done, self.prompts[1], arm, whole.names)
+        return values, images
+
+    def plan(self, services: Mapping[str, str]) -> Table:
+        """The image side as if all rewrites were prompts of their own (where it does not learn, its training is in the figures all the same),
+        and one prompt's rewrites timed."""
+        c, tree = self.config, self.tree
+        self.config = self.sampler.config = c.model_copy(
+            update={"group": c.group.model_copy(update={"prompts": tree.prompts * tree.rewrites})}
+        )
+        try:
+            out = plan.table(self, services)
+        finally:
+            self.config = self.sampler.config = c
+        out.add_section()
+        out.add_row("who learns", c.language.mode)
+        out.add_row("tree", f"{tree.prompts} prompts x {tree.rewrites} rewrites x {tree.pictures} pictures = {c.pictures} a step")
+        if self.writer is not None:
+            writer, start = self.writer, time.monotonic()
+            learned = sum(p.numel() for p in writer.policy.trainable().values()) if c.writes else 0
+            out.add_row("rewriter", f"{c.language.policy.path if c.language.policy else ''}, {learned:,} numbers trained")
+            drawn = TransformersEngine(writer.policy, c.language.micro_batch).sample(
+                [self.prompts[0][0].text] * tree.rewrites,
+                [*range(tree.rewrites)],
+                temperature=c.language.temperature,
+                max_new_tokens=c.language.max_new_tokens,
+            )
+            taken = time.monotonic() - start
+            out.add_row(
+                "rewrites",
+                f"{taken * tree.prompts:.2g} s a step by transformers, {int(drawn.mask_BT.sum()) / taken:.0f} tokens a second",
+            )
+        return out
+
+    def gifts(self) -> dict[str, Callable[[Path], None]]:
+        """Of whoever learned."""
+        out = super().gifts() if self.config.paints else {}
+        writer = self.writer
+        if writer is None or writer.learner is None:
+            return out
+        learner = writer.learner
+
+        def rewriter(folder: Path) -> None:
+            with learner.averaged():
+                writer.policy.save(folder, quiet=self.quiet)
+
+        return {**out, "rewriter": rewriter}
+
+    def wear(self, saved: checkpoint.Saved) -> None:
+        """Of both."""
+        super().wear(saved)
+        self._fresh = False
+        if self.writer is not None and self.writer.learner is not None:
+            self.writer.forget()
+            self.writer.learner.adopt(saved.under("state/language"), saved.meta["state"]["language"])
+
+    def close(self) -> None:
+        """And the engine."""
+        super().close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _written(self, step: int, users: Sequence[Prompt]) -> tuple[Completions | None, dict[str, float]]:
+        """The step's rewrites; none where nobody rewrites. EngineGone, with the run saved."""
+        if self.writer is None:
+            return None, {}
+        try:
+            return self.writer.write(step, users)
+        except VllmError as error:
+            with contextlib.suppress(OSError):
+                self.save()
+            raise EngineGone(f"step {step + 1} has no rewrites: {error}. Mend that, and go on with --resume.") from error
+
+    def _grow(self, step: int, users: Sequence[Prompt], written: Completions | None, learned: bool) -> Grown:
+        """The pictures of all rewrites; each tree's leave for the services as soon as they are painted."""
+        tree, same = self.tree, self.config.language.same_noise
+        owners = [users[n] for n in tree.prompt_N.tolist()]
+        texts = [p.text for p in owners]
+        if written is not None:
+            texts = [painted(prompt.text, answer) for prompt, answer in zip(owners, written.texts, strict=True)]
+        rewrites = [Prompt(prompt.id, text, prompt.meta) for prompt, text in zip(owners, texts, strict=True)]
+        rollouts: list[Rollout] = []
+        futures: list[Any] = []
+        self._encode(texts)
+        with self.learner.sampling_weights():
+            for parts in tree.passes(self.config.sampling.micro_batch):
+                mine = [
+                    paint(self.sampler, step, rewrites[part.start : part.stop], part, tree, same_noise=same, learned=learned)
+                    for part in parts
+                ]
+                rollouts += mine
+                places = [n for part in parts for n in part for _ in range(tree.pictures)]
+                groups = [f"{step}/{n // tree.rewrites}" for n in places]
+                images = np.concatenate([rollout.images_BHWC for rollout in mine])
+                asked = [owners[n].text for n in places], [texts[n] for n in places]
+                futures.append(self.services.submit(images, *asked, groups))
+        return Grown(rollouts, futures, texts)
+
+    def _costs(self, users: Sequence[Prompt], written: Completions) -> Costs:
+        owners = [users[n].text for n in self.tree.prompt_N.tolist()]
+        penalties = self.config.language.penalties
+        assert self.writer is not None
+        return costs(owners, written.texts, written.mask_BT.sum(1), written.ended_B, penalties, self.writer.instruction)
+
+    def _complain(self, numbers: Mapping[str, float]) -> None:
+        """Once in a run, where most rewrites of a step teach nothing."""
+        for key, fix in COMPLAINTS.items():
+            if numbers.get(key, 0.0) > 0.5 and key not in self._said:
+                self._said.add(key)
+                self.metrics.warn(f"{key.removeprefix('rewrites/')}: {100 * numbers[key]:.0f} % of the step's rewrites; {fix}")
+
+    def _of_pictures(self, grown: Grown, rewards: Rewards) -> Advantages:
+        """Each picture against the others of its rewrite."""
+        features_BD = None
+        if self.features is not None:
+            features_BD = together(self.features, [r.images_BHWC for r in grown.rollouts])
+        return aggregate(self.config, self.scorer, rewards, self.tree.rewrite_B, features_BD, self.gate)
+
+    def _of_rewrites(self, rewards: Rewards, judged: Costs, written: Completions) -> Advantages:
+        """Each rewrite against the others of its prompt."""
+        c = self.config.language
+        values = torch.stack([better(self.config, self.scorer, row, rewards) for row in range(len(self.services.names))])
+        mask = rewards.mask_RB
+        for row, name in enumerate(self.services.names):
+            condition = self.config.rewards[name].gate
+            if condition is not None:
+                raw, known = rewards.values_RB[row], rewards.mask_RB[row]
+                low, high = (
+                    (-math.inf if condition.min is None else condition.min),
+                    (math.inf if condition.max is None else condition.max),
+                )
+                values, mask = transforms.gate(
+                    values, mask, self.tree.prompt_B, known & (raw >= low) & (raw <= high), known, condition.below
+                )
+        masked_N = ~written.ended_B if c.penalties.truncated.use == "mask" else torch.zeros_like(written.ended_B)
+        return rewrite_advantages(
+            values,
+            mask,
+            self.services.language_R,
+            judged.total_B,
+            masked_N,
+            self.tree,
+            use=c.advantages.use,
+            options=c.advantages.options(),
+            same_noise=c.same_noise,
+            names=self.services.names,
+        )
+
+    def _learn(self, written: Completions, advantages: Advantages, step: int, useful: bool) -> dict[str, float]:
+        """The rewriter's step."""
+        assert self.writer is not None and self.writer.learner is not None
+        numbers = {
+            "masked": float((advantages.weights_B == 0).sum()),
+            "flat_groups": float(advantages.zero_variance_groups),
+            "dropped_groups": float(advantages.dropped_groups),
+            **advantages.numbers,
+        }
+        if not useful:
+            return numbers
+        scale = self.learner.lr_scale
+        return numbers | self.writer.learner.learn(written, advantages, step, lr_scale=scale, foreign=self.writer.foreign)
+
+    def _put(self, saved: checkpoint.Saved) -> None:
+        super()._put(saved)
+        self._fresh = False
+
+    def _now(self) -> list[str]:
+        """What is painted of the evaluation's prompts, each once, as the rewriter is, through its average."""
+        if self.writer is None or self.writer.learner is None:
+            return self._answers()
+        with self.writer.learner.averaged():
+            return self._answers()
+
+    def _answers(self) -> list[str]:
+        known = self.prompts[1][: self.config.eval.samples]
+        if self.writer is None:
+            return [prompt.text for prompt in known]
+        answers = self.writer.rewritten(known, self.config.eval.seed)
+        return [painted(prompt.text, answer) for prompt, answer in zip(known, answers, strict=True)]
+
+    def _arm(self, texts: Sequence[str]) -> tuple[NDArray[np.uint8], Arm]:
+        """The evaluation's pictures of these words, one text for each prompt in turn, scored."""
+        size, count, known = self.config.sampling.micro_batch, self.config.eval.samples, self.prompts[1]
+        prompts = [known[i % len(known)] for i in range(count)]
+        words = [Prompt(p.id, texts[i % len(texts)], p.meta) for i, p in enumerate(prompts)]
+        self._encode(texts)
+        images = np.concatenate([self.sampler.pictures(words[n : n + size], n) for n in range(0, count, size)])
+        futures = [self.services.submit(images, [p.text for p in prompts], [w.text for w in words], [""] * count)]
+        rewards = self.services.collect(cast(Any, futures))
+        monitors = self.monitors.measure(images, [p.meta.get("class") for p in prompts]) if self.monitors is not None else {}
+        return images, Arm(rewards.values_RB, monitors, list(texts), rewards.missing)
+
+    def _encode(self, texts: Sequence[str]) -> None:
+        """All at once, where the encoders are fetched for it."""
+        if self.policy.device.type != "cpu":
+            self.policy.prepare(list(texts))
+
+    def _before(self, now: Arm) -> dict[str, Arm]:
+        """No rewriting, and the rewriter before training, both painted by the image policy before training: measured once, and kept in the
+        run's folder under a digest of what they depend on."""
+        if self._arms is not None:
+            return self._arms
+        path, key = self.folder / "rewrites" / "before.json", self._key()
+        if path.is_file() and (told := checkpoint.read_json(path)).get("key") == key:
+            self._arms = {name: Arm.of(arm) for name, arm in told["arms"].items()}
+            return self._arms
+        plain, arms = [prompt.text for prompt in self.prompts[1][: self.config.eval.samples]], dict[str, Arm]()
+        with contextlib.nullcontext() if self._fresh else self.policy.reference():
+            if self.writer is not None and self._fresh:
+                arms["untrained"] = now
+            elif self.writer is not None:
+                with self.writer.policy.reference():
+                    arms["untrained"] = self._arm(self._answers())[1]
+            arms["none"] = now if self._fresh and now.texts == plain else self._arm(plain)[1]
+        self._arms = arms
+        if not self.quiet and not any(arm.missing for arm in arms.values()):
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.write_json(path, {"key": key, "arms": {name: arm.plain() for name, arm in arms.items()}})
+        return arms
+
+    def _key(self) -> str:
+        """Of what an evaluation before training depends on."""
+        c, language = self.config, self.config.language
+        about = [
+            self.policy.fingerprint(),
+            self.writer.policy.fingerprint() if self.writer is not None else "",
+            self.writer.instruction if self.writer is not None else "",
+            c.eval.model_dump(mode="json", exclude={"every", "grid"}),
+            [language.eval_temperature, language.max_new_tokens, c.sampling.height, c.sampling.width],
+            [prompt.text for prompt in self.prompts[1]],
+            [*c.rewards],
+        ]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def rewrite_seed(run: int, step: int, prompt: int, copy: int) -> int:
+    """Seed of one rewrite: a hash of its own, beside those of pictures."""
+    digest = hashlib.sha256(f"rewrite/{run}/{step}/{prompt}/{copy}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def load_rewriter(config: LanguageRunConfig) -> RewriterPolicy:
+    """ConfigError for an option it does not have."""
+    chosen = config.language.policy
+    assert chosen is not None
+    try:
+        return RewriterPolicy.load(chosen.path, device=device_of(config), seed=config.seed, **chosen.options())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(["language.policy", *map(str, first["loc"])])
+        raise ConfigError(f"{where}: {first['msg']}; see {error.title} in trainer/language/policy.py for the options") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"language.policy.path: {error}") from error
+
+
+def engine_of(use: str, policy: RewriterPolicy, config: Any) -> Engine:
+    """ConfigError for an option it does not have, or a server that does not come up."""
+    if use == "transformers":
+        options = {"micro_batch": config.micro_batch, **config.engine.options()}
+        if options.keys() > {"micro_batch"}:
+            raise ConfigError(f"language.engine: {', '.join(options.keys() - {'micro_batch'})} is nothing that transformers takes")
+        return TransformersEngine(policy, options["micro_batch"])
+    from trainer.language.vllm import VllmEngine  # only runs with a server need it
+
+    try:
+        return cast(Engine, VllmEngine(cast(Any, policy), **config.engine.options()))
+    except (ValueError, FileNotFoundError, VllmError) as error:
+        raise ConfigError(f"language.engine: {error}") from error
+
+
+def _readable(policy: RewriterPolicy, prompts: Sequence[Sequence[Prompt]], new: int) -> None:
+    """ConfigError names the first prompt that leaves no room for a rewrite."""
+    context = policy.network.context
+    for key, part in zip(("train", "eval"), prompts, strict=True):
+        for prompt in part:
+            try:
+                length = len(policy.prompt_ids([prompt.text])[0])
+            except PromptTooLong as error:
+                raise ConfigError(f"prompts.{key}, id {prompt.id}: {error}") from error
+            if context is not None and length + new > context:
+                raise ConfigError(
+                    f"prompts.{key}, id {prompt.id}: {length} tokens with its instruction and {new} of a rewrite are more than the {context} "
+                    "that the model reads: shorten the prompt, or lower language.max_new_tokens"
+                )
+
+
+def unread(policy: Any, texts: Sequence[str]) -> float:
+    """The share of texts longer than any encoder of the image policy reads to the end; 0 where it does not say how long that is."""
+    parts = getattr(getattr(policy, "pipeline", None), "components", {})
+    known = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    asked = getattr(policy.options, "max_sequence_length", None) if hasattr(policy, "options") else None
+    limits = [one.model_max_length if one.model_max_length < 1000 else asked or math.inf for one in known]
+    if not limits or math.inf in limits:
+        return 0.0
+    whole = [any(len(one.tokenize(text)) + 2 <= limit for one, limit in zip(known, limits, strict=True)) for text in texts]
+    return 1 - sum(whole) / len(whole)
+
+
+def paired(differences_B: Tensor, of_B: Sequence[int]) -> tuple[float | None, float | None]:
+    """Mean of the differences, and its standard error over prompts (pictures of one prompt count as one, by their mean); NaN ones are left
+    out, None where nothing or too little is left."""
+    groups: dict[int, list[float]] = {}
+    for value, owner in zip(differences_B.tolist(), of_B, strict=True):
+        if math.isfinite(value):
+            groups.setdefault(owner, []).append(value)
+    means = torch.tensor([sum(values) / len(values) for values in groups.values()], dtype=torch.float64)
+    if not len(means):
+        return None, None
+    return float(means.mean()), float(means.std(correction=1)) / math.sqrt(len(means)) if len(means) > 1 else None
+
+
+def write_rewrites(folder: Path, step: int, prompts: Sequence[Prompt], arm: Arm, names: Sequence[str]) -> Path:
+    """rewrites/step_000000.jsonl: each prompt once, what was painted, and the mean of each reward over its pictures."""
+    path, lines, count = folder / "rewrites" / f"step_{step:06d}.jsonl", [], len(arm.texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for n, text in enumerate(arm.texts):
+        means = arm.values_RB[:, n::count].nanmean(1).tolist()
+        rewards = {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
+        line = {"id": prompts[n].id, "prompt": prompts[n].text, "rewrite": text, "rewards": rewards}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def _rewards(arm: Arm) -> Rewards:
+    return Rewards(arm.values_RB, arm.values_RB.isfinite(), {}, {}, missing=arm.missing)
+
+
+def _written_numbers(written: Completions, tree: Tree) -> dict[str, float]:
+    """Tokens of a rewrite, the share whose length ran out, and how many of a prompt's rewrites differ."""
+    count = tree.rewrites
+    groups = [set(written.texts[n * count : (n + 1) * count]) for n in range(tree.prompts)]
+    return {
+        "rewrites/tokens": float(written.mask_BT.sum(1).double().mean()),
+        "rewrites/truncated": float((~written.ended_B).double().mean()),
+        "rewrites/distinct": sum(len(group) for group in groups) / (count * len(groups)),
+    }
