@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from rich.table import Table
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from trainer import checkpoint, plan
@@ -28,23 +26,24 @@ from trainer.advantages import transforms
 from trainer.advantages.aggregate import aggregate, better
 from trainer.advantages.common import Advantages
 from trainer.config import ConfigError, Stopped
+from trainer.language.arms import Arm, compared, unread, write_rewrites
 from trainer.language.config import LanguageRunConfig
 from trainer.language.judges import Judges
-from trainer.language.learning import TokenLearner
 from trainer.language.penalties import Costs, costs, painted
-from trainer.language.policy import PromptTooLong, RewriterPolicy, TransformersEngine
+from trainer.language.policy import TransformersEngine
 from trainer.language.remote import VllmError
 from trainer.language.tree import Tree, paint, rewrite_advantages
-from trainer.language.types import Completions, Engine
-from trainer.loop import Run, device_of, read_prompts, summary, total
+from trainer.language.types import Completions
+from trainer.language.writer import Writer
+from trainer.loop import Run, read_prompts, summary
 from trainer.parallel import ALONE
 from trainer.regularizers.gardo import together
 from trainer.scoring import Rewards, Scorer
 from trainer.types import Prompt, Rollout
 
 COMPLAINTS = {
-    "rewrites/truncated": "their length ran out before they ended: raise language.max_new_tokens, or begin with trainer.language.sft",
-    "rewrites/empty": "nothing was written, and the user's own words were painted: begin from a cold start, or take another instruction",
+    "rewrites/truncated": "their length ran out before they ended: raise language.max_new_tokens, or begin with verism-train sft",
+    "rewrites/empty": "nothing was written, and the user's own words were painted: begin with verism-train sft, or take another instruction",
     "rewrites/refusal": "the model declined, and the user's own words were painted: take another instruction or another model",
     "rewrites/unread": "they are longer than the image policy reads: lower language.penalties.length.max, or raise its max_sequence_length",
     "penalty/repetition": "they repeat themselves: lower language.temperature or language.optim.lr, or raise language.kl.weight",
@@ -56,71 +55,6 @@ class EngineGone(Stopped):
     """No rewrites; the run is saved."""
 
 
-class Writer:
-    """The rewriter, who draws for it, and, where it learns, its learner. A part of a checkpoint."""
-
-    def __init__(self, config: LanguageRunConfig, prompts: Sequence[Sequence[Prompt]]) -> None:
-        """ConfigError names what cannot be loaded, and the prompt that the model cannot read."""
-        self.config = c = config.language
-        self.policy = load_rewriter(config)
-        self.instruction = str(self.policy.chat.instruction)
-        _readable(self.policy, prompts, c.max_new_tokens)
-        self.learner = TokenLearner(self.policy, c) if config.writes else None
-        self.seed, self.foreign = config.seed, c.engine.use != "transformers"
-        self._engine: Engine | None = None
-        self._synced = -1  # the optimiser step whose weights the engine has
-
-    def start(self) -> Engine:
-        """The engine, which a dry run and an evaluation do without."""
-        if self._engine is None:
-            self._engine = engine_of(self.config.engine.use, self.policy, self.config)
-        return self._engine
-
-    def write(self, step: int, prompts: Sequence[Prompt]) -> tuple[Completions, dict[str, float]]:
-        """`rewrites` of each prompt in turn, and numbers; from an engine that has the present weights, or SyncFailed."""
-        numbers: dict[str, float] = {}
-        updates = self.learner.updates if self.learner is not None else 0
-        if self._synced != updates:
-            told = self.start().sync(step)
-            numbers = {f"sync/{key}": float(value) for key, value in told.items() if isinstance(value, int | float)}
-            self._synced = updates
-        count = self.config.rewrites
-        texts = [prompt.text for prompt in prompts for _ in range(count)]
-        seeds = [rewrite_seed(self.seed, step, p.id, place * count + j) for place, p in enumerate(prompts) for j in range(count)]
-        c = self.config
-        return self.start().sample(texts, seeds, temperature=c.temperature, max_new_tokens=c.max_new_tokens), numbers
-
-    def rewritten(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
-        """One answer to each prompt as evaluations ask, by the policy's own model as it stands."""
-        c = self.config
-        seeds = [rewrite_seed(seed, -1, prompt.id, 0) for prompt in prompts]
-        texts, most = [prompt.text for prompt in prompts], c.max_new_tokens
-        with torch.no_grad():
-            drawn = self.policy.sample(texts, seeds, temperature=c.eval_temperature, max_new_tokens=most, micro_batch=c.micro_batch)
-        return list(drawn.texts)
-
-    def forget(self) -> None:
-        """The weights were changed from outside: the engine has to be told."""
-        self._synced = -1
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.learner.state() if self.learner is not None else ({}, {"fingerprint": self.policy.fingerprint()})
-
-    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self.forget()
-        if self.learner is not None:
-            self.learner.load_state(tensors, values)
-        elif values["fingerprint"] != self.policy.fingerprint():
-            raise checkpoint.CheckpointError(
-                "the checkpoint's run had another rewriter than language.policy.path: give it, or take another --run-dir"
-            )
-
-    def close(self) -> None:
-        """Stop the engine."""
-        if self._engine is not None:
-            self._engine.close()
-
-
 @dataclass(frozen=True)
 class Grown:
     """A step's pictures on their way: rollouts of whole rewrites in their order, what is asked about them, and the words that were painted."""
@@ -128,26 +62,6 @@ class Grown:
     rollouts: Sequence[Rollout]
     futures: Sequence[Any]
     texts: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """An evaluation's pictures under one way of writing prompts: rewards (R, B), and what was never one."""
-
-    values_RB: Tensor
-    monitors: Mapping[str, float]
-    texts: Sequence[str]
-    missing: int
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON."""
-        rows = [[None if math.isnan(v) else v for v in row] for row in self.values_RB.tolist()]
-        return {"values": rows, "monitors": dict(self.monitors), "texts": list(self.texts), "missing": self.missing}
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "Arm":
-        rows = [[math.nan if v is None else v for v in row] for row in told["values"]]
-        return cls(torch.tensor(rows, dtype=torch.float64), dict(told["monitors"]), list(told["texts"]), int(told["missing"]))
 
 
 class LanguageRun(Run):
@@ -268,22 +182,9 @@ class LanguageRun(Run):
         """
         with self.learner.ema.swapped():
             images, arm = self._arm(self._now())
-        arms, whole, count = self._before(arm), cast(Scorer, self.services.whole), len(images)
-        values: dict[str, Any] = {**summary(whole, _rewards(arm), self.first, "mean", "std", "sem"), "n": count}
-        values |= {"failed_scores": arm.missing, **arm.monitors}
-        first = self.first or values
-        for name, other in arms.items():
-            told = summary(whole, _rewards(other), first, "mean")
-            values |= {
-                f"{name}/{key}": told[f"reward/{key}{end}"] for key, end in [*((n, "/mean") for n in whole.names), ("total", "")]
-            }
-            values |= {f"{name}/{key}": value for key, value in other.monitors.items()}
-            now, then = ([*one.values_RB, total(whole, one.values_RB, first)] for one in (arm, other))
-            for reward, after, before in zip((*whole.names, "total"), now, then, strict=True):
-                mean, sem = paired(after - before, [i % len(arm.texts) for i in range(count)])
-                values[f"over_{name}/{reward}"], values[f"over_{name}/{reward}_sem"] = mean, sem
+        values = compared(self.services.whole, arm, self._before(arm), self.first)
         if not self.quiet:
-            write_rewrites(self.folder, self.done, self.prompts[1], arm, whole.names)
+            write_rewrites(self.folder, self.done, self.prompts[1], arm, self.services.names)
         return values, images
 
     def plan(self, services: Mapping[str, str]) -> Table:
@@ -516,99 +417,6 @@ class LanguageRun(Run):
             [*c.rewards],
         ]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def rewrite_seed(run: int, step: int, prompt: int, copy: int) -> int:
-    """Seed of one rewrite: a hash of its own, beside those of pictures."""
-    digest = hashlib.sha256(f"rewrite/{run}/{step}/{prompt}/{copy}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def load_rewriter(config: LanguageRunConfig) -> RewriterPolicy:
-    """ConfigError for an option it does not have."""
-    chosen = config.language.policy
-    assert chosen is not None
-    try:
-        return RewriterPolicy.load(chosen.path, device=device_of(config), seed=config.seed, **chosen.options())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(["language.policy", *map(str, first["loc"])])
-        raise ConfigError(f"{where}: {first['msg']}; see {error.title} in trainer/language/policy.py for the options") from error
-    except FileNotFoundError as error:
-        raise ConfigError(f"language.policy.path: {error}") from error
-
-
-def engine_of(use: str, policy: RewriterPolicy, config: Any) -> Engine:
-    """ConfigError for an option it does not have, or a server that does not come up."""
-    if use == "transformers":
-        options = {"micro_batch": config.micro_batch, **config.engine.options()}
-        if options.keys() > {"micro_batch"}:
-            raise ConfigError(f"language.engine: {', '.join(options.keys() - {'micro_batch'})} is nothing that transformers takes")
-        return TransformersEngine(policy, options["micro_batch"])
-    from trainer.language.vllm import VllmEngine  # only runs with a server need it
-
-    try:
-        return cast(Engine, VllmEngine(cast(Any, policy), **config.engine.options()))
-    except (ValueError, FileNotFoundError, VllmError) as error:
-        raise ConfigError(f"language.engine: {error}") from error
-
-
-def _readable(policy: RewriterPolicy, prompts: Sequence[Sequence[Prompt]], new: int) -> None:
-    """ConfigError names the first prompt that leaves no room for a rewrite."""
-    context = policy.network.context
-    for key, part in zip(("train", "eval"), prompts, strict=True):
-        for prompt in part:
-            try:
-                length = len(policy.prompt_ids([prompt.text])[0])
-            except PromptTooLong as error:
-                raise ConfigError(f"prompts.{key}, id {prompt.id}: {error}") from error
-            if context is not None and length + new > context:
-                raise ConfigError(
-                    f"prompts.{key}, id {prompt.id}: {length} tokens with its instruction and {new} of a rewrite are more than the {context} "
-                    "that the model reads: shorten the prompt, or lower language.max_new_tokens"
-                )
-
-
-def unread(policy: Any, texts: Sequence[str]) -> float:
-    """The share of texts longer than any encoder of the image policy reads to the end; 0 where it does not say how long that is."""
-    parts = getattr(getattr(policy, "pipeline", None), "components", {})
-    known = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
-    asked = getattr(policy.options, "max_sequence_length", None) if hasattr(policy, "options") else None
-    limits = [one.model_max_length if one.model_max_length < 1000 else asked or math.inf for one in known]
-    if not limits or math.inf in limits:
-        return 0.0
-    whole = [any(len(one.tokenize(text)) + 2 <= limit for one, limit in zip(known, limits, strict=True)) for text in texts]
-    return 1 - sum(whole) / len(whole)
-
-
-def paired(differences_B: Tensor, of_B: Sequence[int]) -> tuple[float | None, float | None]:
-    """Mean of the differences, and its standard error over prompts (pictures of one prompt count as one, by their mean); NaN ones are left
-    out, None where nothing or too little is left."""
-    groups: dict[int, list[float]] = {}
-    for value, owner in zip(differences_B.tolist(), of_B, strict=True):
-        if math.isfinite(value):
-            groups.setdefault(owner, []).append(value)
-    means = torch.tensor([sum(values) / len(values) for values in groups.values()], dtype=torch.float64)
-    if not len(means):
-        return None, None
-    return float(means.mean()), float(means.std(correction=1)) / math.sqrt(len(means)) if len(means) > 1 else None
-
-
-def write_rewrites(folder: Path, step: int, prompts: Sequence[Prompt], arm: Arm, names: Sequence[str]) -> Path:
-    """rewrites/step_000000.jsonl: each prompt once, what was painted, and the mean of each reward over its pictures."""
-    path, lines, count = folder / "rewrites" / f"step_{step:06d}.jsonl", [], len(arm.texts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for n, text in enumerate(arm.texts):
-        means = arm.values_RB[:, n::count].nanmean(1).tolist()
-        rewards = {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
-        line = {"id": prompts[n].id, "prompt": prompts[n].text, "rewrite": text, "rewards": rewards}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def _rewards(arm: Arm) -> Rewards:
-    return Rewards(arm.values_RB, arm.values_RB.isfinite(), {}, {}, missing=arm.missing)
 
 
 def _written_numbers(written: Completions, tree: Tree) -> dict[str, float]:

@@ -18,13 +18,15 @@ from tests.trainer.run.service import Service, recipe, serve
 from trainer import checkpoint, loop, report
 from trainer.advantages.common import Advantages
 from trainer.config import ConfigError, validate
-from trainer.language import run as language_run
+from trainer.language import writer
+from trainer.language.arms import paired
 from trainer.language.config import LanguageConfig, LanguageRunConfig
 from trainer.language.learning import TokenLearner
+from trainer.language.penalties import painted
 from trainer.language.policy import TransformersEngine
-from trainer.language.run import EngineGone, LanguageRun, paired
+from trainer.language.run import EngineGone, LanguageRun
 from trainer.language.tree import Tree, paint
-from trainer.language.types import Completions
+from trainer.language.types import Completions, joined
 from trainer.language.vllm import ServerGone, SyncFailed
 from trainer.learning import Diverged
 from trainer.metrics import read
@@ -137,7 +139,7 @@ def test_a_whole_run_leaves_what_is_needed(service: Service, model: Path, tmp_pa
     again = tiny.policy(model, instruction="rewrite the prompt", lora=start)
     told = [json.loads(line) for line in (tmp_path / "run" / "rewrites" / f"step_{best:06d}.jsonl").read_text().splitlines()]
     drawn = again.sample([row["prompt"] for row in told], [0] * 4, temperature=0.0, max_new_tokens=6)
-    assert [language_run.painted(p, t) for p, t in zip(drawn.prompts, drawn.texts, strict=True)] == [row["rewrite"] for row in told]
+    assert [painted(p, t) for p, t in zip(drawn.prompts, drawn.texts, strict=True)] == [row["rewrite"] for row in told]
 
 
 def test_without_a_rewriter_the_users_words_are_painted(service: Service, tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_each_reward_is_asked_with_the_words_that_it_is_to_judge(
     told = {names: (prompts, groups) for names, prompts, groups in asked}
     own = [user.text for user in users for _ in range(4)]
     assert told[("darkness",)] == (own, ["0/0"] * 4 + ["0/1"] * 4)
-    assert told[("brightness",)][0] == [language_run.painted(p, t) for p, t in zip(own, written.texts, strict=True)]
+    assert told[("brightness",)][0] == [painted(p, t) for p, t in zip(own, written.texts, strict=True)]
     assert line["reward/brightness/mean"] + line["reward/darkness/mean"] == pytest.approx(1.0), "rows in the recipe's order"
 
 
@@ -221,6 +223,15 @@ def test_half_of_the_scores_missing(service: Service, model: Path, tmp_path: Pat
         line = run.step()
         run.close()
         assert line["failed_scores"] == 4 * size and line["language/masked"] == masked and not line["skipped"]
+
+
+def test_a_gate_closes_for_rewrites_too(service: Service, model: Path, tmp_path: Path) -> None:
+    """No picture is as bright as 2: all are left out of what the rewriter learns, and yet they were scored."""
+    rewards = {"brightness": {"url": service.url, "gate": {"min": 2.0, "below": "mask"}}}
+    run = made_run(config(service.url, model, rewards=rewards), tmp_path / "run")
+    line = run.step()
+    run.close()
+    assert line["skipped"] and line["language/masked"] == 8 and line["failed_scores"] == 0 and run.unscored_steps == 0
 
 
 def test_no_score_at_all_stops_with_the_rewriter_as_it_was(model: Path, tmp_path: Path) -> None:
@@ -271,7 +282,7 @@ class Fragile(TransformersEngine):
 
 @pytest.fixture
 def fragile(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fragile]]:
-    monkeypatch.setattr(language_run, "engine_of", lambda use, policy, config: Fragile(policy, config.micro_batch))
+    monkeypatch.setattr(writer, "engine_of", lambda use, policy, config: Fragile(policy, config.micro_batch))
     yield Fragile
     Fragile.error, Fragile.at = None, 0
 
@@ -401,7 +412,7 @@ def test_micro_batches_change_nothing_and_masked_rows_count_nowhere(model: Path)
         if masked:  # three rows more, with wild advantages that must not matter
             more = dataclasses.replace(completions.rows(slice(0, 3)), ids_BT=completions.ids_BT[:3])
             wide = dataclasses.replace(more, mask_BT=completions.mask_BT[:3], logp_BT=completions.logp_BT[:3])
-            completions = language_joined(completions, wide)
+            completions = joined([completions, wide])
             advantages = Advantages(
                 torch.cat([advantages.values_B, torch.full((3,), 99.0)]), torch.tensor([1.0] * 12 + [0.0] * 3), 0, 0
             )
@@ -409,12 +420,6 @@ def test_micro_batches_change_nothing_and_masked_rows_count_nowhere(model: Path)
         found.append({k: v.detach().clone() for k, v in learner.weights.items()})
     for other in found[1:]:
         assert all(torch.allclose(found[0][k], other[k], atol=2e-5) for k in other)
-
-
-def language_joined(*parts: Completions) -> Completions:
-    from trainer.language.types import joined
-
-    return joined(parts)
 
 
 def test_what_another_engine_drew_counts_by_how_likely_it_is_here(model: Path) -> None:
