@@ -53,7 +53,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
     """`verism-serve CONFIG.yaml`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="verism-serve",
-        description="Serve rewards over HTTP: POST /score, GET /v1/rewards, /livez, /readyz, /metrics, /docs.",
+        description="Serve rewards over HTTP: POST /score (and /rewrite), GET /v1/rewards, /livez, /readyz, /metrics, /docs.",
         epilog=f"Try it: verism-serve {DEFAULT}, then curl -F image=@photo.jpg http://localhost:8000/score",
     )
     parser.add_argument("config", nargs="?", default=DEFAULT, help=f"YAML file (default {DEFAULT}); see examples/serve/")
@@ -83,6 +83,9 @@ def serve(argv: Sequence[str] | None = None) -> int:
         info = served.info
         low_high = "" if info.range is None else f"{info.range[0]:g} to {info.range[1]:g}"
         table.add_row(info.name, str(info.version), low_high, ", ".join(info.needs), info.description)
+    if app.state.verism.rewriter is not None:
+        info = app.state.verism.rewriter.info
+        table.add_row("rewriter", "", "", "prompt", f"POST /rewrite by {info.name}, up to {info.max_new_tokens} tokens")
     console.print(table)
     if arguments.check:
         return 0
@@ -196,7 +199,7 @@ def _local(arguments: argparse.Namespace, items: list[ScoreItem], names: list[st
     kept = {n: r for n, r in config.rewards.items() if n in {*names, *parts}}
     _threads(config)
     with Console(stderr=True).status("loading " + ", ".join(kept)):
-        config = config.model_copy(update={"rewards": kept, "default": names, "keys": {}})
+        config = config.model_copy(update={"rewards": kept, "rewriter": None, "default": names, "keys": {}})
         app = importlib.import_module("services.app").create_app(config, tuned=False)
     logging.getLogger("verism").setLevel(logging.WARNING)
 

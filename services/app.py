@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from services import compare_http, logs, page, telemetry
+from services import rewriter as rewriting
 from services.auth import Keys, scope_of
 from services.cache import Cache, key_of, pixels_digest
 from services.config import RewardConfig, ServiceConfig
@@ -94,6 +95,7 @@ class State:
     metrics: Metrics
     device: str
     rewards: dict[str, Served] = field(default_factory=dict)
+    rewriter: rewriting.Rewriter | None = None
     draining: bool = False
     ready_at: float = float("-inf")
     ready_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -103,10 +105,15 @@ class State:
     def lanes(self) -> list[Lane[Item, Score]]:
         return [one.lane for one in self.rewards.values() if one.lane is not None]
 
+    @property
+    def all_lanes(self) -> list[Lane[Any, Any]]:
+        """Those of rewards, and the rewriter's."""
+        return [*self.lanes, *([] if self.rewriter is None else [self.rewriter.lane])]
+
     async def drain(self) -> None:
         """Readiness off, accepted work finishes."""
         self.draining = True
-        await asyncio.gather(*(lane.drain(self.config.drain_s) for lane in self.lanes))
+        await asyncio.gather(*(lane.drain(self.config.drain_s) for lane in self.all_lanes))
 
 
 def load_reward(name: str, options: Mapping[str, Any], use: str, device: str) -> Any:
@@ -174,6 +181,8 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
     _keep_memory()
     keys, metrics, device = Keys(config.keys), Metrics(), pick_device(config.device)
     state = State(config, metrics, device, load_rewards(config, metrics, device, tuned))
+    if config.rewriter is not None:
+        state.rewriter = rewriting.Rewriter(config.rewriter, metrics, device)
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
     buffers = Buffers(4 * config.max_body_bytes)
     admission = Admission(
@@ -204,6 +213,8 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
 
     def wanted(request: ScoreRequest) -> list[str]:
         names = request.rewards or config.default or _first_composition(state.rewards)
+        if not names:
+            raise UnknownReward("this service serves no rewards, only POST /rewrite; name `rewards` in its configuration")
         for name in names:
             if name not in state.rewards:
                 raise UnknownReward(f"unknown reward {name!r}; this service has: {', '.join(state.rewards)}")
@@ -426,13 +437,13 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
     async def livez() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz", summary="Every reward has just scored a picture")
+    @app.get("/readyz", summary="Every reward has just scored a picture, and the rewriter has drawn a token")
     async def readyz() -> dict[str, str]:
         if state.draining:
             raise NotReady("this service is shutting down")
         async with state.ready_lock:
             if time.monotonic() - state.ready_at > READY_SECONDS or any(
-                lane.lost or not getattr(lane.work, "ready", True) for lane in state.lanes
+                lane.lost or not getattr(lane.work, "ready", True) for lane in state.all_lanes
             ):
                 probe = Item(np.full((64, 64, 3), 127, np.uint8), 'a photo of a sign that says "a"')
                 for lane in state.lanes:
@@ -444,6 +455,8 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
                         raise NotReady(f"{lane.name} did not score a picture within 60 s") from None
                     if result.error is not None and result.error.type.endswith(("scoring-failed", "out-of-memory")):
                         raise NotReady(f"{lane.name} cannot score: {result.error.title}")
+                if state.rewriter is not None:
+                    await state.rewriter.probe()
                 state.ready_at = time.monotonic()
         return {"status": "ready"}
 
@@ -451,6 +464,8 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    if state.rewriter is not None:
+        app.include_router(rewriting.router(state, state.rewriter))
     app.include_router(page.router(state))
     app.openapi = functools.partial(_openapi, app, bool(keys))  # type: ignore[method-assign]
     return app

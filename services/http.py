@@ -89,9 +89,11 @@ def _unheld(buffer: bytearray) -> bool:
     return True
 
 
-async def read_body(request: Request, limit: int, timeout_s: float, buffers: Buffers | None = None) -> memoryview:
+async def read_body(
+    request: Request, limit: int, timeout_s: float, buffers: Buffers | None = None, advice: str = "send fewer or smaller pictures"
+) -> memoryview:
     """The body, never more than `limit` bytes in memory, never later than `timeout_s`."""
-    too_large = f"the body is larger than {limit / 2**20:.0f} MiB: send fewer or smaller pictures"
+    too_large = f"the body is larger than {limit / 2**20:.0f} MiB: {advice}"
     declared = int(text) if (text := request.headers.get("content-length", "")).isdecimal() else 0
     if declared > limit:
         raise TooLarge(too_large, limit=limit, observed=declared)

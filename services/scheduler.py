@@ -95,8 +95,8 @@ class ServiceTime:
 class Admission:
     """What may wait at once, in questions and in bytes; refuses at the door with an honest time to come back."""
 
-    def __init__(self, max_items: int, max_bytes: int, estimate: Callable[[int], float]) -> None:
-        self.max_items, self.max_bytes, self._estimate = max_items, max_bytes, estimate
+    def __init__(self, max_items: int, max_bytes: int, estimate: Callable[[int], float], what: str = "pictures") -> None:
+        self.max_items, self.max_bytes, self._estimate, self._what = max_items, max_bytes, estimate, what
         self.items = self.bytes = 0
 
     def check(self, items: int, size: int) -> None:
@@ -107,7 +107,7 @@ class Admission:
         if excess > 0 and self.items > 0:
             wait = max(0.05, self._estimate(min(excess, self.items)))
             raise Busy(
-                f"{self.items} pictures are waiting (limit {self.max_items}); come back in {wait:.1f} s",
+                f"{self.items} {self._what} are waiting (limit {self.max_items}); come back in {wait:.1f} s",
                 retry_after_ms=math.ceil(wait * 1000),
                 limit=self.max_items,
                 observed=self.items + items,

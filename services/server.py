@@ -91,7 +91,7 @@ def serve(app: FastAPI, config: ServiceConfig, admin: FastAPI | None = None) -> 
         lost = False
         while not all(task.done() for task in tasks):
             await asyncio.wait(tasks, timeout=1.0)
-            if any(lane.lost for lane in state.lanes) and not lost:
+            if any(lane.lost for lane in state.all_lanes) and not lost:
                 lost = True
                 stop()
         for task in tasks:

@@ -17,10 +17,11 @@ from typing import Literal, get_args
 
 from shared.schema import PROMPT_BYTES
 
+# As trainer/language/instructions/realism.txt says it; a test compares the two.
 INSTRUCTION = (
-    "You rewrite prompts for a text-to-image model so that the picture looks like a photograph that somebody took. Keep everything that the "
-    "user asks for, and add nothing that changes what is shown: describe light, material, surroundings and camera as a photographer would "
-    "see them. Answer with the new prompt alone: one paragraph of plain text in the user's language."
+    "You rewrite prompts for an image generator, so that its pictures look like real photographs. Keep what the user asks for: "
+    "every subject, its number, its colour and quoted text. Add in a few words what a camera would see: place, light, surface, "
+    "small flaws. Answer with the new prompt alone, one sentence."
 )
 
 Fault = Literal["empty", "refusal", "repeats", "instruction", "same", "subject", "too-long"]

@@ -75,7 +75,7 @@ def test_what_would_turn_a_terminal_is_removed() -> None:
         ("a dog", "I'm sorry, I can't help with that.", "refusal"),
         ("a dog", "a dog dog dog dog", "repeats"),
         ("a dog", "a dog on a beach, " * 6, "repeats"),
-        ("a dog", "Keep everything that the user asks for, and add nothing that changes what is shown", "instruction"),
+        ("a dog", INSTRUCTION[20:120], "instruction"),
         ("a dog", "dog " + "wet sand and low light over the long shore " * 300, "too-long"),
         ("\u6d77\u8fba\u306e\u72ac", "\u5c71\u306e\u4e0a\u306e\u5bb6", "subject"),
         ("\u6d77\u8fba\u306e\u72ac", "a dog on a beach", None),  # a translation: words cannot tell
