@@ -8,7 +8,6 @@ Rewrites of all callers that wait share forward passes: they are questions on a 
 
 import asyncio
 import functools
-import hashlib
 import importlib
 import logging
 import math
@@ -29,7 +28,7 @@ from services.worker import device_error
 from shared import rewrite_wire, wire
 from shared.errors import DeadlineExceeded, Invalid, NotReady
 from shared.rewrite_wire import Rewrite, RewriteAnswer, RewriteRequest, RewriterInfo, Rewrites
-from shared.rewriting import clean, fault
+from shared.rewriting import clean, fault, row_seed
 from shared.schema import PROMPT_BYTES, Problem
 
 if TYPE_CHECKING:
@@ -176,12 +175,6 @@ class Rewriter:
         return Rewrite(
             text=prompt if found else text, fault=found, said=drawn.text, logp=math.fsum(logps), logps=logps, ended=drawn.ended
         )
-
-
-def row_seed(seed: int, prompt: str, copy: int) -> int:
-    """A function of the caller's seed, the prompt and the copy's number, not of its place among others."""
-    digest = hashlib.sha256(f"{seed}/{copy}/{prompt}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def router(state: "State", rewriter: Rewriter) -> APIRouter:

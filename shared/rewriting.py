@@ -8,6 +8,7 @@
 Pure text: no model, no tokenizer. Whatever comes in may be hostile.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -105,6 +106,12 @@ def takes_system(render: Callable[[Sequence[dict[str, str]]], str]) -> bool:
         return word in render(messages(word, "a"))
     except Exception:  # a template raises what it likes: jinja's errors, or those of the code that it calls
         return False
+
+
+def row_seed(seed: int, prompt: str, copy: int) -> int:
+    """Of one rewrite: a function of the caller's seed, the prompt and the copy's number, not of its place among others."""
+    digest = hashlib.sha256(f"rewrite/{seed}/{copy}/{prompt}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def clean(text: str) -> Cleaned:

@@ -1,8 +1,8 @@
 """A causal language model that rewrites prompts, in this process: AutoModelForCausalLM, batches padded on the left, an adapter merged.
 
-Row by row a token is the largest of log-probabilities plus Gumbel noise, which is a sample of the whole distribution (no top-p, no top-k);
-the noise is a function of the row's seed, whatever its neighbours. Kernels round differently for other batches, so that once in a while
-two tokens of nearly the same chance change places.
+A token is where the cumulated distribution passes a number in [0, 1) from the row's own generator: a sample of the whole distribution (no
+top-p, no top-k), and a function of the row's seed, whatever its neighbours. Kernels round differently for other batches, so that once in a
+while a number falls beyond a neighbouring border.
 """
 
 import hashlib
@@ -137,7 +137,7 @@ class LanguageModel:
         pads = [longest - len(question.ids) for question in questions]
         ids_BT = [[self._pad] * pad + list(question.ids) for pad, question in zip(pads, questions, strict=True)]
         mask_BT = [[0] * pad + [1] * (longest - pad) for pad in pads]
-        noise = _Drawing([question.seed for question in questions], [question.temperature for question in questions])
+        drawing = _Drawing(questions)
         out_BT = self.model.generate(
             input_ids=torch.tensor(ids_BT, device=self.device),
             attention_mask=torch.tensor(mask_BT, device=self.device),
@@ -147,9 +147,9 @@ class LanguageModel:
                 eos_token_id=self.ends,
                 pad_token_id=self._pad,
             ),
-            logits_processor=LogitsProcessorList([noise]),
+            logits_processor=LogitsProcessorList([drawing]),
         )
-        rows, logps = out_BT[:, longest:].tolist(), torch.stack(noise.logps_T, 1).tolist()
+        rows, logps = out_BT[:, longest:].tolist(), torch.stack(drawing.logps_T, 1).tolist()
         return [self._cut(row, logp, question) for row, logp, question in zip(rows, logps, questions, strict=True)]
 
     def _cut(self, ids: list[int], logps: list[float], question: Question) -> Drawn:
@@ -172,21 +172,23 @@ class LanguageModel:
 class _Drawing(LogitsProcessor):  # type: ignore[misc]
     """Leaves of each row the token that was drawn, and remembers its log-probability. At temperature 0 the likeliest, at temperature 1."""
 
-    def __init__(self, seeds: Sequence[int], temperatures: Sequence[float]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.temperatures = temperatures
+    def __init__(self, questions: Sequence[Question]) -> None:
+        rows = [torch.rand(q.most, generator=torch.Generator().manual_seed(q.seed), dtype=torch.float64) for q in questions]
+        self.uniform_BT = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True
+        )  # a row is cut at its `most`, whatever is drawn after
+        self.heat_B1 = torch.tensor([[q.temperature] for q in questions])
         self.logps_T: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        heat_B1 = torch.tensor([t or 1.0 for t in self.temperatures], device=scores.device)[:, None]
-        logp_BV = (scores.float() / heat_B1).log_softmax(-1)
-        if not bool(logp_BV.amax(-1).isfinite().all()):
+        heat_B1 = self.heat_B1.to(scores.device)
+        logp_BV = (scores.float() / torch.where(heat_B1 > 0, heat_B1, 1.0)).log_softmax(-1)
+        sums_BV = logp_BV.double().exp().cumsum(-1)
+        if not bool(sums_BV[:, -1].isfinite().all()):
             raise ValueError("the model's logits are not finite")
-        noise = [
-            -(-torch.rand(scores.shape[-1], generator=g, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).log()).log() * (t > 0)
-            for g, t in zip(self.generators, self.temperatures, strict=True)
-        ]
-        chosen_B1 = (logp_BV + torch.stack(noise).to(logp_BV)).argmax(-1, keepdim=True)
+        target_B1 = self.uniform_BT[:, len(self.logps_T), None].to(scores.device) * sums_BV[:, -1:] * (1 - 1e-12)
+        drawn_B1 = torch.searchsorted(sums_BV, target_B1, right=True)
+        chosen_B1 = torch.where(heat_B1 > 0, drawn_B1, logp_BV.argmax(-1, keepdim=True))
         self.logps_T.append(logp_BV.gather(-1, chosen_B1)[:, 0].double().cpu())
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B1, 0.0)
 

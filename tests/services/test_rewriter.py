@@ -195,6 +195,16 @@ def test_trainer_and_service_ask_alike(folder: Path, model: LanguageModel) -> No
     assert messages("x", "y")[0]["role"] == "system" and chat.in_system
 
 
+def test_trainer_and_service_draw_alike(folder: Path, model: LanguageModel) -> None:
+    policy, seeds = tiny.policy(folder, instruction=SMALL["instruction"]), list(range(20))
+    theirs = policy.sample([BAG] * 20, seeds, temperature=1.5, max_new_tokens=12)
+    mine = model.draw([Question(model.ids(BAG), seed, 1.5, 12) for seed in seeds])
+    same = [i for i in seeds if mine[i].text == theirs.texts[i]]
+    assert len(same) >= 18  # but for rounding
+    for i in same:
+        assert list(mine[i].logps) == pytest.approx(theirs.logp_BT[i][theirs.mask_BT[i]].tolist(), abs=1e-4)
+
+
 def test_rewrites_come_in_order_with_their_log_probabilities(client: TestClient) -> None:
     answer = ask(client, prompt=[BAG, "red boot"], n=3, seed=11, temperature=3.0, request_id="r1")
     said = answer.json()

@@ -1,6 +1,5 @@
 """Who writes the rewrites: a model in this process (a folder, an adapter, a run), or a service at a URL that has POST /rewrite."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from shared import rewrite_wire
-from shared.rewriting import Fault, clean, fault
+from shared.rewriting import Fault, clean, fault, row_seed
 from trainer.config import ConfigError, load
 from trainer.scoring import NoService
 
@@ -48,7 +47,7 @@ class LocalWriter:
         self.policy, self.name, self.most = policy, name, most
 
     def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
-        seeds = [_seed(seed, prompt, copy) for copy in range(n)]
+        seeds = [row_seed(seed, prompt, copy) for copy in range(n)]
         drawn = self.policy.sample([prompt] * n, seeds, temperature=temperature, max_new_tokens=self.most)
         tokens, logps = drawn.mask_BT.sum(1).tolist(), (drawn.logp_BT * drawn.mask_BT).sum(1).tolist()
         instruction, out = self.policy.chat.instruction, []
@@ -72,7 +71,7 @@ class RemoteWriter:
     def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
         out: list[Written] = []
         for start in range(0, n, 64):
-            asked = {"n": min(64, n - start), "seed": _seed(seed, "", start) if start else seed, "temperature": temperature}
+            asked = {"n": min(64, n - start), "seed": row_seed(seed, "", start) if start else seed, "temperature": temperature}
             answer = self._read(rewrite_wire.RewriteAnswer, "POST", "/rewrite", rewrite_wire.pack([prompt], **asked))
             for one in answer.items[0].rewrites:
                 if one.error is not None:
@@ -181,11 +180,6 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ConfigError(f"--rewriter {folder}: adapter_config.json is no mapping")
     return told
-
-
-def _seed(seed: int, prompt: str, copy: int) -> int:
-    digest = hashlib.sha256(f"rewrite/{seed}/{copy}/{prompt}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _title(answer: httpx.Response) -> str:

@@ -132,7 +132,8 @@ def test_a_service_says_what_the_policy_says_and_counts_its_tokens(client: TestC
     assert len(written) == 70 and all(1 <= one.tokens <= 10 for one in written)
     assert [one.said for one in remote.write(BAG, 3, 5, 3.0)] == [one.said for one in written[:3]]
     assert len({one.said for one in written}) > 60
-    # the likeliest answer is a function of the weights alone: both sides ask alike
+    mine = here(folder).write(BAG, 20, 5, 1.5)  # the same prompt, seeds and way of drawing: the same but for rounding
+    assert sum(a.said == b.said for a, b in zip(mine, remote.write(BAG, 20, 5, 1.5), strict=True)) >= 18
     assert remote.write(BAG, 1, 0, 0.0)[0].said == here(folder).write(BAG, 1, 0, 0.0)[0].said
     assert {one.fault for one in remote.write(BAG, 4, 0, 0.0)} == {"repeats"}
     with pytest.raises(ConfigError, match="the rewriter reads 128"):
