@@ -115,7 +115,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rewrites` to draw and paint beside the user's own prompt, and what that costs at most."""
+    """`rewrites` to draw, and what that costs at most with the painting of all."""
 
     rewrites: int
     tokens: int
@@ -126,17 +126,18 @@ class Plan:
         return self.tokens * costs.token + self.passes + self.looks * costs.look
 
 
-def planned(ledger: Ledger, wanted: int, most_tokens: int, way: Way) -> Plan:
-    """As many rewrites as are wanted and fit, the user's own prompt painted whole in any case; ConfigError when not even that fits."""
+def planned(ledger: Ledger, wanted: int, most_tokens: int, way: Way, have: int = 0) -> Plan:
+    """As many rewrites as are wanted and fit, each of the longest length, beside those that are there already (`have`); all of them and the
+    user's own prompt are still to be painted. ConfigError when not even that fits."""
     own_passes, own_looks = way.whole(1)
     for rewrites in range(wanted, -1, -1):
-        passes, looks = way.painting(rewrites)
+        passes, looks = way.painting(have + rewrites)
         plan = Plan(rewrites, rewrites * most_tokens, own_passes + passes, own_looks + looks)
         if ledger.allows(tokens=plan.tokens, passes=plan.passes, looks=plan.looks):
             return plan
-    need = Plan(0, 0, own_passes, own_looks).cost(ledger.costs)
-    one = [*way.painting(1)]
-    with_one = need + one[0] + one[1] * ledger.costs.look + most_tokens * ledger.costs.token
+    (one_passes, one_looks), prices = way.painting(1), ledger.costs
+    need = Plan(0, 0, own_passes, own_looks).cost(prices)
+    with_one = need + Plan(1, most_tokens, one_passes, one_looks).cost(prices)
     raise ConfigError(
         f"{ledger.left:g} passes are too few: {way.pictures} pictures of your own prompt alone take {need:g}, with one rewrite {with_one:g}; "
         "raise --budget, or lower --pictures"

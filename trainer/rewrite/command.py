@@ -109,7 +109,7 @@ class _Nobody:
 
     name, most = "nobody", 0
 
-    def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Any]:
+    def write(self, prompt: str, n: int, seed: int, temperature: float, first: int = 0) -> list[Any]:
         return []
 
 

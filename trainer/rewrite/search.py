@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.rewrite.budget import Ledger, Plan, Way, planned
+from trainer.rewrite.budget import Ledger, Way, planned
 from trainer.rewrite.judging import Estimate, Floats, Judged, Judges, Scale, scale_of, totals
 from trainer.rewrite.painter import Canvas, Painter
 from trainer.rewrite.prune import survivors
@@ -49,7 +49,6 @@ class Found:
     candidates: list[Candidate]
     left_out: dict[str, int]
     failures: dict[str, int]
-    plan: Plan | None
     best: int = 0
     scale: Scale = ()
     confirmed: Estimate | None = None  # gain of the best on fresh pictures
@@ -72,16 +71,21 @@ def search(
     temperature: float = 1.0,
     tell: Tell = lambda text: None,
 ) -> Found:
-    """ConfigError where the budget is too small or the prompt too long. Without usable rewrites the user's own prompt is left, and a note."""
-    plan = planned(ledger, wanted, writer.most, way)
-    tell(f"writing {plan.rewrites} rewrites by {writer.name}")
-    written = writer.write(prompt, plan.rewrites, seed, temperature) if plan.rewrites else []
-    ledger.spend(tokens=sum(one.tokens for one in written))
-    kept, left_out = usable(written, prompt)
-    found = Found(prompt, [Candidate(prompt, "own")], left_out, {}, plan)
+    """Rewrites are drawn for as long as there may be room for them: what one does not use of its longest length is the next one's.
+
+    ConfigError where the budget is too small or the prompt too long. Without usable rewrites the user's own prompt is left, and a note.
+    """
+    written, kept, left_out = list[Written](), list[Written](), dict[str, int]()
+    while (plan := planned(ledger, wanted - len(written), writer.most, way, have=len(kept))).rewrites:
+        tell(f"{writer.name} writes {plan.rewrites} rewrites")
+        more = writer.write(prompt, plan.rewrites, seed, temperature, first=len(written))
+        ledger.spend(tokens=sum(one.tokens for one in more))
+        written += more
+        kept, left_out = usable(written, prompt)
+    found = Found(prompt, [Candidate(prompt, "own")], left_out, {})
     found.candidates += [Candidate(one.text, "rewrite", one) for one in kept]
-    if plan.rewrites < wanted:
-        found.notes.append(f"the budget holds {plan.rewrites} rewrites of the {wanted} that were asked for")
+    if len(written) < wanted:
+        found.notes.append(f"the budget holds {len(written)} rewrites of the {wanted} that were asked for")
     if wanted and not kept:
         found.notes.append("no rewrite was usable: your own prompt stands as it is")
     tell(f"painting {way.pictures} pictures each of {len(found.candidates)} prompts")

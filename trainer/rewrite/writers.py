@@ -36,8 +36,8 @@ class Writer(Protocol):
     name: str
     most: int
 
-    def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
-        """n rewrites, a function of prompt, seed and weights. ConfigError for a prompt that is too long."""
+    def write(self, prompt: str, n: int, seed: int, temperature: float, first: int = 0) -> list[Written]:
+        """n rewrites from number `first` on, a function of prompt, seed and weights. ConfigError for a prompt that is too long."""
 
 
 class LocalWriter:
@@ -46,8 +46,8 @@ class LocalWriter:
     def __init__(self, policy: Any, name: str, most: int) -> None:
         self.policy, self.name, self.most = policy, name, most
 
-    def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
-        seeds = [row_seed(seed, prompt, copy) for copy in range(n)]
+    def write(self, prompt: str, n: int, seed: int, temperature: float, first: int = 0) -> list[Written]:
+        seeds = [row_seed(seed, prompt, first + copy) for copy in range(n)]
         drawn = self.policy.sample([prompt] * n, seeds, temperature=temperature, max_new_tokens=self.most)
         tokens, logps = drawn.mask_BT.sum(1).tolist(), (drawn.logp_BT * drawn.mask_BT).sum(1).tolist()
         instruction, out = self.policy.chat.instruction, []
@@ -68,10 +68,14 @@ class RemoteWriter:
         info = self._read(rewrite_wire.RewriterInfo, "GET", "/v1/rewriter")
         self.name, self.most = f"{info.name} at {self.url}", int(info.max_new_tokens)
 
-    def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
+    def write(self, prompt: str, n: int, seed: int, temperature: float, first: int = 0) -> list[Written]:
         out: list[Written] = []
-        for start in range(0, n, 64):
-            asked = {"n": min(64, n - start), "seed": row_seed(seed, "", start) if start else seed, "temperature": temperature}
+        for start in range(first, first + n, 64):
+            asked = {
+                "n": min(64, first + n - start),
+                "seed": row_seed(seed, "", start) if start else seed,
+                "temperature": temperature,
+            }
             answer = self._read(rewrite_wire.RewriteAnswer, "POST", "/rewrite", rewrite_wire.pack([prompt], **asked))
             for one in answer.items[0].rewrites:
                 if one.error is not None:

@@ -23,12 +23,11 @@ def ways(draw: st.DrawFn) -> Way:
 costs = st.builds(Costs, token=st.floats(0, 3), look=st.floats(0, 3))
 
 
-def carry_out(ledger: Ledger, way: Way, drawn: list[int], lost: int) -> None:
-    """A search as `search.py` does it, without models: some rewrites are of no use, the others are painted and dropped by the stages."""
-    ledger.spend(tokens=sum(drawn))
+def carry_out(ledger: Ledger, way: Way, alive: int) -> None:
+    """The painting of a search as `search.py` does it, without models."""
     own, looks = way.whole(1)
     ledger.spend(passes=own, looks=looks)
-    alive, done = len(drawn) - min(lost, len(drawn)), 0
+    done = 0
     if not alive:
         return
     for stage in way.stages:
@@ -48,29 +47,34 @@ def carry_out(ledger: Ledger, way: Way, drawn: list[int], lost: int) -> None:
 def test_no_search_spends_what_is_not_there(
     data: st.DataObject, way: Way, prices: Costs, limit: float, wanted: int, most: int
 ) -> None:
-    ledger = Ledger(prices, limit)
+    ledger, kept, drawn = Ledger(prices, limit), 0, 0
     try:
         plan = planned(ledger, wanted, most, way)
     except ConfigError as error:
         passes, looks = way.whole(1)
         assert passes + looks * prices.look > limit - 1e-6 and "--budget" in str(error)
         return
-    assert 0 <= plan.rewrites <= wanted and plan.cost(prices) <= limit + 1e-6
-    if plan.rewrites < wanted:  # one more would not have fitted, or fewer would
-        passes, looks = way.painting(plan.rewrites + 1)
-        own, own_looks = way.whole(1)
-        assert Plan(0, (plan.rewrites + 1) * most, own + passes, own_looks + looks).cost(prices) > limit - 1e-6
-    drawn = data.draw(st.lists(st.integers(1, most), min_size=plan.rewrites, max_size=plan.rewrites))
-    carry_out(ledger, way, drawn, data.draw(st.integers(0, plan.rewrites)))
+    while True:
+        assert 0 <= plan.rewrites <= wanted - drawn and plan.cost(prices) <= ledger.left + 1e-6
+        if plan.rewrites < wanted - drawn:  # one more would not have fitted
+            passes, looks = way.painting(kept + plan.rewrites + 1)
+            own, own_looks = way.whole(1)
+            assert Plan(0, (plan.rewrites + 1) * most, own + passes, own_looks + looks).cost(prices) > ledger.left - 1e-6
+        if not plan.rewrites:
+            break
+        ledger.spend(tokens=sum(data.draw(st.lists(st.integers(1, most), min_size=plan.rewrites, max_size=plan.rewrites))))
+        drawn, kept = drawn + plan.rewrites, kept + data.draw(st.integers(0, plan.rewrites))
+        plan = planned(ledger, wanted - drawn, most, way, have=kept)
+    carry_out(ledger, way, kept)
     assert ledger.spent <= limit + 1e-6 * max(1.0, limit)
-    assert ledger.tokens <= plan.tokens and ledger.passes <= plan.passes and ledger.looks <= plan.looks
 
 
 @given(ways(), st.integers(0, 24))
 def test_a_plan_without_a_limit_is_what_is_done(way: Way, rewrites: int) -> None:
     ledger = Ledger()
     plan = planned(ledger, rewrites, 7, way)
-    carry_out(ledger, way, [7] * rewrites, 0)
+    ledger.spend(tokens=7 * rewrites)
+    carry_out(ledger, way, rewrites)
     assert (plan.rewrites, plan.tokens, plan.passes, plan.looks) == (rewrites, ledger.tokens, ledger.passes, ledger.looks)
     assert ledger.left == math.inf
 

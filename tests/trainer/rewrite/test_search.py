@@ -64,8 +64,8 @@ class Says:
     def __init__(self, *texts: str) -> None:
         self.texts = texts
 
-    def write(self, prompt: str, n: int, seed: int, temperature: float) -> list[Written]:
-        return [Written(text, text, len(text.split()), -1.0, True, None) for text in self.texts[:n]]
+    def write(self, prompt: str, n: int, seed: int, temperature: float, first: int = 0) -> list[Written]:
+        return [Written(text, text, len(text.split()), -1.0, True, None) for text in self.texts[first : first + n]]
 
 
 RED = ("a small red bag", "a large blue boot", "a red dress", "a coat")
@@ -198,6 +198,15 @@ def test_a_search_stays_within_any_budget(
     assert ledger.spent <= limit + 1e-6
 
 
+def test_what_a_rewrite_does_not_use_is_the_next_ones(policy: SD3Policy, critic: Critic) -> None:
+    """Room for two of the longest length at first; they are short, and all four fit."""
+    ledger = Ledger(limit=STEPS + 4 * STEPS + 2 + 12 + 12)
+    tool, texts = painter(policy, ledger), ("red bag", "blue boot", "red dress", "coat")
+    found = search(BAG, Says(*texts), tool, judges(critic, "brightness"), Way(1, tool.passes_T), ledger, wanted=4)
+    assert [one.text for one in found.candidates[1:]] == list(texts) and found.notes == []
+    assert ledger.tokens == 7 and ledger.left >= 0
+
+
 def test_the_same_seed_finds_the_same(policy: SD3Policy, writer: LocalWriter, critic: Critic) -> None:
     def run(seed: int) -> list[tuple[str, str]]:
         tool = painter(policy)
@@ -259,7 +268,7 @@ def test_no_service_is_said_with_the_command_that_starts_one(free_port: int) -> 
 def fake(values: dict[str, Sequence[Sequence[float]]]) -> Found:
     """Candidates with these values (R, K) each; the first is the user's own."""
     made = [Candidate(text, "rewrite", values_RK=np.array(rows, dtype=np.float64)) for text, rows in values.items()]
-    return Found(next(iter(values)), made, {}, {}, None)
+    return Found(next(iter(values)), made, {}, {})
 
 
 class Known:
