@@ -15,6 +15,7 @@ from shared.rewriting import Fault, clean, fault, row_seed
 from trainer.config import ConfigError, load
 from trainer.scoring import NoService
 
+MAX_ANSWER = 16 << 20
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -91,19 +92,24 @@ class RemoteWriter:
 
     def _read(self, kind: Any, method: str, path: str, body: bytes | None = None) -> Any:
         start = "start one with `verism-serve CONFIG.yaml` that has `rewriter: {folder: ...}` (docs/rewriting.md)"
+        said = bytearray()
         try:
-            answer = self._http.request(method, f"{self.url}{path}", content=body)
+            with self._http.stream(method, f"{self.url}{path}", content=body) as answer:
+                for part in answer.iter_bytes():
+                    said += part
+                    if len(said) > MAX_ANSWER:
+                        raise NoService(f"{self.url} answers with more than {MAX_ANSWER >> 20} MiB: is it a rewriter of Verism?")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NoService(f"no rewriter answers at {self.url}: {start}") from error
         if answer.status_code == 422:
-            raise ConfigError(_title(answer))
+            raise ConfigError(_title(answer.status_code, said))
         if answer.status_code == 404:
             raise NoService(f"{self.url} serves no rewriter: {start}")
         if answer.status_code != 200:
             more = "; put its key into VERISM_API_KEY" if answer.status_code in (401, 403) else ""
-            raise NoService(f"{self.url} refused: {_title(answer)}{more}")
+            raise NoService(f"{self.url} refused: {_title(answer.status_code, said)}{more}")
         try:
-            return kind.model_validate_json(answer.content)
+            return kind.model_validate_json(bytes(said))
         except ValidationError as error:
             raise NoService(f"{self.url} answers, but not as a rewriter of Verism does: {start}") from error
 
@@ -186,11 +192,11 @@ def _config(folder: Path) -> dict[str, Any]:
     return told
 
 
-def _title(answer: httpx.Response) -> str:
+def _title(status: int, said: bytearray) -> str:
     try:
-        return str(answer.json()["title"])[:400]
+        return str(json.loads(said)["title"])[:400]
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {answer.status_code}"
+        return f"HTTP {status}"
 
 
 def usable(written: Sequence[Written], prompt: str) -> tuple[list[Written], dict[str, int]]:

@@ -1,5 +1,6 @@
 """Who writes: a model here by folder, adapter or run, or a service; what they cost, and what is said when there is none."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,11 @@ def test_a_service_that_answers_otherwise(served: Any) -> None:
 
     with pytest.raises(NoService, match="not as a rewriter"):
         RemoteWriter(served(Other))
+
+    class Endless(Answering):
+        def do_GET(self) -> None:
+            with contextlib.suppress(OSError):
+                self._reply(200, "a" * (17 << 20))
+
+    with pytest.raises(NoService, match="more than 16 MiB"):
+        RemoteWriter(served(Endless))
