@@ -148,20 +148,19 @@ def table(
     return rows
 
 
-def tried(runs: Sequence[Run], chosen: Mapping[str, str], step: int) -> list[str]:
-    """Markdown: every setting of the grids at seed 0."""
+def tried(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int) -> list[str]:
+    """Markdown: every setting of the grids at seed 0, each algorithm's after the last step that all of its settings have come to."""
     heads = ["algorithm", "changes to recipe `world`", "after", *(head for head, *_ in SHOWN), "kept"]
     rows = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for run in runs:
-        grid = ALGORITHMS[run["algorithm"]]
-        if run["seed"] != 0 or len(grid) < 2:
-            continue
-        last = at(run, step) or run["evaluations"][-1]
-        cells = [spread([last.get(key)], digits) for _, key, digits, _ in SHOWN]
-        own = [c for c in grid[run["setting"]] if not c.startswith("rewards=")]
-        changes = " ".join(f"`{change}`" for change in own) or "none"
-        kept = "yes" if chosen.get(run["algorithm"]) == run["setting"] else ""
-        rows.append("| " + " | ".join([run["algorithm"], changes, f"{PICTURES * last['step']}", *cells, kept]) + " |")
+    for name, grid in ALGORITHMS.items():
+        own = [run for run in runs if run["algorithm"] == name and run["seed"] == 0]
+        step = max(common_steps([[run] for run in own], wanted), default=0)
+        for run in own if len(own) > 1 and step else []:
+            last = at(run, step) or {}
+            cells = [spread([last.get(key)], digits) for _, key, digits, _ in SHOWN]
+            changes = " ".join(f"`{c}`" for c in grid[run["setting"]] if not c.startswith("rewards=")) or "none"
+            kept = "yes" if chosen.get(name) == run["setting"] else ""
+            rows.append("| " + " | ".join([name, changes, f"{PICTURES * step}", *cells, kept]) + " |")
     return rows
 
 
@@ -210,8 +209,6 @@ def verdict(step: int, groups: Mapping[str, Sequence[Run]], real: Mapping[str, f
 
 def section(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int, real: Mapping[str, float]) -> str:
     """All of it for docs/benchmarks.md."""
-    grid = [[r] for r in runs if r["seed"] == 0 and len(ALGORITHMS[r["algorithm"]]) > 1]
-    grid_step = max(common_steps(grid, wanted), default=0)
     first = next((run["evaluations"][0] for run in runs), None)
     samples = first["n"] if first else 0
     loads = [each["load"] for run in runs for each in run["costs"]]
@@ -252,7 +249,7 @@ def section(runs: Sequence[Run], chosen: Mapping[str, str], wanted: int, real: M
         "Seed 0. Of guard and nft the one with the least distance is kept; GARDO's weight of the KL is set by hand, since the least distance",
         "would choose a policy that learns nothing.",
         "",
-        *tried(runs, chosen, grid_step),
+        *tried(runs, chosen, wanted),
     ]
     return "\n".join(text)
 
