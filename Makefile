@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-serving bench-trainer soak kill-test world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-rewriter bench-serving bench-trainer soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -36,6 +36,9 @@ bench-algorithms: setup ## GRPO, Guard, NFT and GARDO on the small world, three 
 
 bench-judges: setup ## judges over HTTP against a plain loop and vLLM's own batches; ARGS="--dtype bfloat16"
 	@$(BIN)/python -m bench.judges $(ARGS)
+
+bench-rewriter: setup ## rollouts and training steps of a rewriter against TRL's GRPOTrainer; ARGS=--quick takes one minute
+	@$(BIN)/python -m bench rewriter $(ARGS)
 
 bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ray Serve; ARGS=--quick takes 3 minutes
 	@$(BIN)/python -m bench.peers.environment
