@@ -70,7 +70,7 @@ def command(
 ) -> tuple[list[str], dict[str, str]]:
     """Arguments for the interpreter that has vLLM, and its environment; `rank` is the LoRA's, None where whole models are pushed.
     ValueError for a rank that vLLM does not take."""
-    arguments = ["-m", "vllm.entrypoints.cli.main", "serve", model, "--host", host, "--port", str(port)]
+    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port", str(port)]
     arguments += ["--served-model-name", "base", "--dtype", dtype, "--max-num-seqs", str(options.max_num_seqs)]
     # What is trained is the whole distribution: no checkpoint's own sampling settings, log-probabilities at the temperature of the draw.
     arguments += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
@@ -107,8 +107,10 @@ def free_port() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    own, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.language.serving", description=__doc__.split("\n")[0] if __doc__ else None
+        prog="python -m trainer.language.serving", epilog="After --: further arguments of vLLM's server."
     )
     parser.add_argument("model", type=Path, help="folder of the base model, as transformers saves it")
     parser.add_argument("--host", default=LOOPBACK)
@@ -116,11 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, help="of the LoRA that is trained; without it whole models are pushed")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--cpu", action="store_true", help="vLLM for CPUs")
-    parser.add_argument("extra", nargs="*", help="after --: further arguments of vLLM's server")
-    told = parser.parse_args(argv)
+    told = parser.parse_args(own)
     if not os.environ.get("VLLM_API_KEY"):
         parser.error("set VLLM_API_KEY: whoever has the key can change the weights")
-    options = VllmOptions(extra=tuple(told.extra))
+    options = VllmOptions(extra=tuple(extra))
     if not options.python.is_file():
         parser.error(f"no interpreter {options.python}; `make vllm` builds it")
     model = str(told.model.resolve())

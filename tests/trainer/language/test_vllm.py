@@ -1,6 +1,7 @@
 """The engine that samples by vLLM, on a stand-in that runs here: what it notices, what it waits for, and how the true server is started."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from tests.trainer.language import tiny
 from tests.trainer.language.broken import half_renamed, move, renamed, rescaled, zeroed
 from tests.trainer.language.standin import StandIn
+from trainer.language import serving
 from trainer.language.inside_vllm import verism_weights
 from trainer.language.inside_vllm.verism_weights import Guard, held
 from trainer.language.policy import RewriterPolicy
@@ -241,7 +243,7 @@ def test_a_server_is_started_so_that_it_samples_from_the_whole_distribution() ->
     arguments, environment = command(VllmOptions(), "/models/m", 8010, rank=12, dtype="float32", cpu=True)
     said = " ".join(arguments)
     for part in (
-        "serve /models/m --host 127.0.0.1 --port 8010",
+        "--model /models/m --host 127.0.0.1 --port 8010",
         "--generation-config vllm",
         "--logprobs-mode processed_logprobs",
         "--enable-lora --max-lora-rank 16 --max-loras 1",
@@ -304,3 +306,20 @@ def test_an_adapter_that_reached_no_slot_counts_nothing() -> None:
     worker = verism_weights.Weights()
     worker.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
     assert worker.verism_adapter("/nowhere") == {"sha256": "", "tensors": 0, "squares": [0.0, 0.0]}
+
+
+def test_a_server_is_started_by_hand_with_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = list[tuple[str, list[str], dict[str, str]]]()
+    monkeypatch.setattr(serving.os, "execve", lambda *told: ran.append(told))
+    monkeypatch.setattr(serving, "VllmOptions", lambda **told: VllmOptions(python=Path(sys.executable), **told))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(SystemExit):
+        serving.main([str(tmp_path)])
+    assert "set VLLM_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    serving.main([str(tmp_path), "--rank", "4", "--port", "8719", "--", "--max-model-len", "256"])
+    python, arguments, environment = ran[0]
+    assert python == Path(sys.executable) and arguments[-2:] == ["--max-model-len", "256"] and "8719" in arguments
+    assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
