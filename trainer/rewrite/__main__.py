@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="AFTER:SHARE,...",
-        help="drop the worst after so many steps (default places: TTSnap's)",
+        help="drop the worst after so many steps; auto (default) or ttsnap for a schedule",
     )
     add(
         "--confirm",

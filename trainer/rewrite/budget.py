@@ -144,26 +144,28 @@ def planned(ledger: Ledger, wanted: int, most_tokens: int, way: Way, have: int =
     )
 
 
+# (share of the steps, share that is kept): ours, for rewards that know finished pictures only; and TTSnap's, for noise-aware ones
+SCHEDULES = {"auto": ((0.7, 0.5),), "ttsnap": ((0.1, 0.4), (0.3, 0.4), (0.55, 0.5))}
+
+
 def stages(text: str, steps: int) -> tuple[Stage, ...]:
-    """`2:0.5,5:0.5`: after step 2 keep a half, after step 5 a half of those. `auto`: TTSnap's places for this number of steps."""
-    if text == "auto":
-        return default_stages(steps)
+    """`2:0.5,5:0.5`: after step 2 keep a half, after step 5 a half of those. Or a schedule's name."""
+    if text in SCHEDULES:
+        return scheduled(SCHEDULES[text], steps)
     out = []
     for part in text.split(","):
         after, _, keep = part.partition(":")
         try:
             out.append(Stage(int(after), float(keep)))
         except ValueError as error:
-            raise ConfigError(f"--prune {text!r}: write AFTER:SHARE,..., e.g. 2:0.5,5:0.5, or auto") from error
+            raise ConfigError(f"--prune {text!r}: write AFTER:SHARE,..., e.g. 6:0.5,8:0.5, or {' or '.join(SCHEDULES)}") from error
     return tuple(out)
 
 
-def default_stages(
-    steps: int, places: Sequence[float] = (0.1, 0.3, 0.55), shares: Sequence[float] = (0.4, 0.4, 0.5)
-) -> tuple[Stage, ...]:
-    """TTSnap looks after steps 2, 6 and 11 of 20 and keeps 0.4, 0.4 and 0.5; where steps are few, stages that fall together are one."""
+def scheduled(schedule: Sequence[tuple[float, float]], steps: int) -> tuple[Stage, ...]:
+    """For so many steps; where they are few, stages that fall together are one."""
     out: dict[int, float] = {}
-    for place, share in zip(places, shares, strict=True):
+    for place, share in schedule:
         after = min(max(1, round(place * steps)), steps - 1)
         out[after] = out.get(after, 1.0) * share
     return tuple(Stage(after, keep) for after, keep in sorted(out.items()) if 0 < after < steps)

@@ -3,15 +3,18 @@
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from shared.errors import VerismError
 from shared.image import encode
@@ -30,6 +33,8 @@ from trainer.scoring import NoService
 
 def run(args: argparse.Namespace) -> int:
     """The exit status."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()  # what an encoder does not read the table says
     said = Console(stderr=True)
     try:
         found, ledger, judges = _work(args, said)
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        show(Console(), found, ledger, judges)
+        show(Console(width=None if sys.stdout.isatty() else 132), found, ledger, judges)
     if args.save is not None:
         said.print(f"pictures and result.json in {args.save}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -174,6 +179,7 @@ def told(found: Found, ledger: Ledger, names: Sequence[str]) -> dict[str, Any]:
             "total": number(candidate.total),
             "gain": number(candidate.gain),
             "subject_lost": number(candidate.lost),
+            "unread": candidate.unread,
             "dropped_after": candidate.dropped_after,
             "previews": [
                 {"after": after, "rewards": dict(zip(names, values, strict=True))} for after, values in candidate.previews
@@ -251,6 +257,8 @@ def _remark(one: Candidate) -> str:
         said.append(f"[yellow]lost the subject ({one.lost})[/]")
     if one.written is not None and not one.written.ended:
         said.append("cut")
+    if one.unread:
+        said.append("longer than is read")
     return ", ".join(said)
 
 

@@ -70,7 +70,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.mean is None:
             return "-"
-        return f"{self.mean:.3f}" if self.error is None else f"{self.mean:.3f} +- {self.error:.3f}"
+        return f"{self.mean:.3g}" if self.error is None else f"{self.mean:.3g} \u00b1 {self.error:.2g}"
 
 
 Scale = tuple[tuple[float, float], ...]  # mean and deviation of each reward

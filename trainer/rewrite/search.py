@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.language.arms import unread
 from trainer.rewrite.budget import Ledger, Way, planned
 from trainer.rewrite.judging import Estimate, Floats, Judged, Judges, Scale, scale_of, totals
 from trainer.rewrite.painter import Canvas, Painter
@@ -36,6 +37,7 @@ class Candidate:
     dropped_after: int | None = None
     total: Estimate = Estimate(None, None)
     gain: Estimate = Estimate(None, None)
+    unread: bool = False  # longer than the policy's text encoders read
     lost: Estimate | None = None  # how far its alignment is below that of the user's own prompt
     round: int = 0
     parent: int | None = None
@@ -117,6 +119,8 @@ def paint(found: Found, some: Sequence[Candidate], painter: Painter, judges: Jud
     alive, k = list(some), way.pictures
     if not alive:
         return
+    for one in alive:
+        one.unread = unread(painter.policy, [one.text]) > 0
     seeds = seeds_of(seed, k) * len(alive)
     canvas = painter.begin([one.text for one in alive for _ in range(k)], seeds)
     for stage in way.stages:

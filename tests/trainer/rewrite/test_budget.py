@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import ConfigError
-from trainer.rewrite.budget import Costs, Ledger, OverBudget, Plan, Stage, Way, default_stages, planned, stages
+from trainer.rewrite.budget import Costs, Ledger, OverBudget, Plan, Stage, Way, planned, stages
 from trainer.rewrite.prune import ranks, survivors
 
 
@@ -81,13 +81,13 @@ def test_a_plan_without_a_limit_is_what_is_done(way: Way, rewrites: int) -> None
 
 def test_pruning_buys_rewrites() -> None:
     plain = planned(Ledger(Costs(token=0), 200), 64, 40, Way(1, (1,) * 20))
-    pruned = planned(Ledger(Costs(token=0), 200), 64, 40, Way(1, (1,) * 20, default_stages(20)))
+    pruned = planned(Ledger(Costs(token=0), 200), 64, 40, Way(1, (1,) * 20, stages("ttsnap", 20)))
     assert plain.rewrites == 9 and pruned.rewrites > 2 * plain.rewrites
 
 
 def test_the_published_schedule_costs_what_ttsnap_says() -> None:
     """Of 20 steps S = 2, 6, 11, shares .4, .4, .5, each multiplying the ones before: cost per candidate in passes and looks."""
-    n, (passes, looks) = 250, Way(1, (1,) * 20, default_stages(20)).painting(250)
+    n, (passes, looks) = 250, Way(1, (1,) * 20, stages("ttsnap", 20)).painting(250)
     assert passes == n * 2 + n * 0.4 * 4 + n * 0.16 * 5 + n * 0.08 * 9
     assert looks == n * (1 + 0.4 + 0.16 + 0.08)
 
@@ -125,8 +125,8 @@ def test_stages_that_cannot_be(text: str, said: str) -> None:
 
 def test_stages() -> None:
     assert stages("2:0.5,5:0.25", 10) == (Stage(2, 0.5), Stage(5, 0.25))
-    assert [stage.after for stage in stages("auto", 20)] == [2, 6, 11] and [s.after for s in stages("auto", 10)] == [1, 3, 6]
-    assert stages("auto", 2) == (Stage(1, pytest.approx(0.08)),)
+    assert [stage.after for stage in stages("ttsnap", 20)] == [2, 6, 11] and [s.after for s in stages("auto", 10)] == [7]
+    assert stages("ttsnap", 2) == (Stage(1, pytest.approx(0.08)),) and stages("auto", 1) == ()
     with pytest.raises(ConfigError, match="share above 0"):
         Way(1, (1,) * 10, (Stage(2, 1.5),))
 

@@ -49,8 +49,8 @@ def command(language: Path, image: Path, critic: Critic) -> list[str]:
 def test_a_table_with_the_users_own_prompt_first(command: list[str], critic: Critic, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     said = capsys.readouterr()
-    rows = [line for line in said.out.splitlines() if "your own" in line]
-    assert len(rows) == 1 and "best" in said.out and "+-" in said.out and "passes:" in said.out and "Traceback" not in said.err
+    rows = [line for line in said.out.splitlines() if "your own " in line and "\u2502" in line]
+    assert len(rows) == 1 and "best" in said.out and "\u00b1" in said.out and "passes:" in said.out and "Traceback" not in said.err
     assert critic.prompts == {BAG} and "brightness" in said.out and "alignment" in said.out
 
 

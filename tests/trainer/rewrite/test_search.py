@@ -231,6 +231,15 @@ def test_usable_leaves_out_faults_and_what_was_said_before() -> None:
     assert [w.text for w in kept] == ["x bag", "y"] and left == {"empty": 1, "again": 1, "subject": 1}
 
 
+def test_what_the_painter_does_not_read_is_said(policy: SD3Policy, critic: Critic) -> None:
+    tool, long = (
+        painter(policy),
+        "a red bag of a red boot of a red coat of a red dress",
+    )  # 8 tokens are read, two of them around the text
+    found = search("a bag", Says("a red bag", long), tool, judges(critic), Way(1, tool.passes_T), Ledger(), wanted=2)
+    assert [one.unread for one in found.candidates] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
