@@ -61,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="of the rewriter (default: 1; 0 is its likeliest answer)")
     add("--max-new-tokens", type=_count(1), default=64, help="longest rewrite (default: 64; a service has its own)")
     add("--seed", type=int, default=0, help="of rewrites and noises (default: 0)")
-    add("--rewards", nargs="+", default=[], metavar="name=URL", help=f"default: realism and alignment at {WORLD}; #part for a part")
+    add(
+        "--rewards",
+        nargs="+",
+        default=[],
+        metavar="name=URL",
+        help=f"default: detector#logit and alignment#margin at {WORLD}; #part for a part",
+    )
     add("--weight", nargs="+", default=[], metavar="name=number", help="of a reward in the total (default: 1 each)")
     add("--budget", type=float, help="most forward passes of all together (default: no limit)")
     add("--token-cost", type=float, default=1.0, help="passes of the image model that one token counts as (default: 1)")

@@ -214,7 +214,7 @@ def save(folder: Path, found: Found, result: dict[str, Any]) -> None:
 
 def show(console: Console, found: Found, ledger: Ledger, judges: Judges) -> None:
     """The table, then what there is to say about it."""
-    table = Table("", "prompt", *judges.names, "gain", "", title=f"{escape(found.prompt)}")
+    table = Table("", "prompt", *judges.titles, "gain", "", title=f"{escape(found.prompt)}")
     order = sorted(range(1, len(found.candidates)), key=lambda i: -(_number(found.candidates[i].gain.mean)))
     for index in [0, *order]:
         one = found.candidates[index]

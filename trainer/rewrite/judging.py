@@ -35,6 +35,7 @@ class Judges:
             raise ConfigError("all reward weights are 0: nothing would tell good pictures from bad ones")
         self.critic, self._scorer = critic, Scorer(rewards, timeout_s)
         self.names = self._scorer.names
+        self.titles = tuple(name if r.part is None else f"{name}.{r.part}" for name, r in rewards.items())
         self.signs_R = self._scorer.signs_R.numpy()
         self.weights_R = self._scorer.weights_R.numpy()
         asking = [name for name in self.names if "prompt" in self._scorer.infos[name].needs and name != critic]
@@ -93,9 +94,10 @@ def totals(values_RNK: Floats, scale: Scale, signs_R: Floats, weights_R: Floats)
 
 
 def parse_rewards(texts: Sequence[str], weights: Sequence[str] = ()) -> dict[str, RewardConfig]:
-    """`name=URL`, or `name=URL#part` for a named part of the score; `name=1.5` for a weight. Default: realism and alignment of the world."""
+    """`name=URL`, or `name=URL#part` for a named part of the score; `name=1.5` for a weight. Default: realism as the log-odds of the
+    small world's detector, which do not saturate, and alignment against other prompts."""
     given: dict[str, tuple[str, str | None]] = {}
-    for text in texts or [f"realism={WORLD}", f"alignment={WORLD}"]:
+    for text in texts or [f"detector={WORLD}#logit", f"alignment={WORLD}#margin"]:
         name, separator, url = text.partition("=")
         if not separator or not name or not url.startswith(("http://", "https://")):
             raise ConfigError(f"--rewards {text!r}: write name=URL, e.g. alignment={WORLD}, or name=URL#part")

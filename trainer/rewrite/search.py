@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.language.arms import unread
 from trainer.rewrite.budget import Ledger, Way, planned
-from trainer.rewrite.judging import Estimate, Floats, Judged, Judges, Scale, scale_of, totals
+from trainer.rewrite.judging import Estimate, Floats, Judged, Judges, scale_of, totals
 from trainer.rewrite.painter import Canvas, Painter
 from trainer.rewrite.prune import survivors
 from trainer.rewrite.writers import Writer, Written, usable
@@ -52,7 +52,6 @@ class Found:
     left_out: dict[str, int]
     failures: dict[str, int]
     best: int = 0
-    scale: Scale = ()
     confirmed: Estimate | None = None  # gain of the best on fresh pictures
     notes: list[str] = field(default_factory=list)
 
@@ -103,14 +102,14 @@ def seeds_of(seed: int, pictures: int, fresh: bool = False) -> list[int]:
 
 
 def confirm(found: Found, painter: Painter, judges: Judges, pictures: int, seed: int) -> None:
-    """The best against the user's own prompt on so many fresh pictures of each, in the table's deviations; nothing where the own is best."""
+    """The best against the user's own prompt on so many fresh pictures of each, in their deviations; nothing where the own is best."""
     if not found.best or not pictures:
         return
     texts = [text for text in (found.prompt, found.candidates[found.best].text) for _ in range(pictures)]
     canvas = painter.begin(texts, seeds_of(seed, pictures, fresh=True) * 2)
     judged = _scored(found, painter.advance(canvas, len(painter.passes_T)), painter, judges)
     values_RNK = judged.values_RB.reshape(len(judges.names), 2, pictures)
-    own_K, best_K = totals(values_RNK, found.scale, judges.signs_R, judges.weights_R)
+    own_K, best_K = totals(values_RNK, scale_of(values_RNK), judges.signs_R, judges.weights_R)
     found.confirmed = Estimate.of(best_K - own_K)
 
 
@@ -151,8 +150,7 @@ def settle(found: Found, judges: Judges) -> None:
     """Totals over all finished pictures, gains over the user's own prompt paired by noise, and the best that keeps the subject."""
     done = [one for one in found.candidates if one.values_RK is not None]
     values_RNK = np.stack([one.values_RK for one in done if one.values_RK is not None], 1)
-    found.scale = scale_of(values_RNK)
-    total_NK = totals(values_RNK, found.scale, judges.signs_R, judges.weights_R)
+    total_NK = totals(values_RNK, scale_of(values_RNK), judges.signs_R, judges.weights_R)
     own = found.candidates[0]
     for one, total_K in zip(done, total_NK, strict=True):
         one.total, one.gain = Estimate.of(total_K), Estimate.of(total_K - total_NK[0])

@@ -139,7 +139,7 @@ def test_the_best_is_measured_again_on_fresh_pictures(policy: SD3Policy, critic:
     fresh = painter(policy)
     images = [fresh.look(fresh.advance(fresh.begin([one.text] * 5, seeds_of(7, 5, True)), STEPS)) for one in found.candidates]
     grey_NK = np.stack([image.mean((1, 2, 3)) / 255 for image in images])
-    gain_K = (grey_NK[found.best] - grey_NK[0]) / found.scale[0][1]
+    gain_K = (grey_NK[found.best] - grey_NK[0]) / grey_NK[[0, 2]].std()
     assert found.confirmed.mean == pytest.approx(gain_K.mean(), rel=0.02)
     assert found.confirmed.error == pytest.approx(gain_K.std(ddof=1) / 5**0.5, rel=0.05)
     with pytest.raises(ConfigError, match="--confirm"):
@@ -361,7 +361,7 @@ def test_rewards_that_cannot_be(texts: list[str], weights: list[str], said: str)
 
 
 def test_rewards_are_read(critic: Critic) -> None:
-    assert list(parse_rewards([])) == ["realism", "alignment"]
+    assert [(name, one.part) for name, one in parse_rewards([]).items()] == [("detector", "logit"), ("alignment", "margin")]
     chosen = parse_rewards(["a=http://x:1/y#logit", "b=http://z"], ["b=0.25"])
     assert (chosen["a"].url, chosen["a"].part, chosen["a"].weight) == ("http://x:1/y", "logit", 1.0) and chosen["b"].weight == 0.25
     with pytest.raises(ConfigError, match="all reward weights are 0"):
