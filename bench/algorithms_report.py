@@ -281,7 +281,7 @@ def plot(runs: Sequence[Run], chosen: Mapping[str, str], path: Path) -> None:
             own = [r for r in runs if r["algorithm"] == name and r["setting"] == chosen[name]]
             if not own:
                 continue
-            steps = sorted({line["step"] for run in own for line in run["evaluations"]})
+            steps = sorted(set.intersection(*({line["step"] for line in run["evaluations"]} for run in own)))
             values = [[line[key] for run in own for line in run["evaluations"] if line["step"] == step] for step in steps]
             x = [PICTURES * step for step in steps]
             seeds = len({run["seed"] for run in own})

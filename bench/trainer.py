@@ -54,7 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without shared prefix": {"prefix": "own"},
     "without overlap": {},
     "without oneDNN": {"onednn": False},
-    "with larger batches": {"micro_batch": "large"},
+    "without larger sampling batches": {"draw_batch": None},
+    "with larger training batches": {"micro_batch": "large"},
     "with fewer guided passes": {"guided_steps": [0, 6]},  # other pictures: not the loop's arithmetic any more
     "with one step ahead": {"ahead": True},  # off-policy by a step
     "with torch.compile": {"compile": True},
@@ -81,6 +82,7 @@ def recipe(size: str, folder: Path, prompts: Path, urls: dict[str, str], device:
         "height": side,
         "width": side,
         "micro_batch": work.micro_batch,
+        "draw_batch": work.large,
         **{key: work.large if value == "large" else value for key, value in changes.items()},
     }
     raw: dict[str, Any] = {
@@ -211,7 +213,7 @@ def _without(run: Any, variant: str) -> list[float]:
     """Take away a measure that no key of the recipe switches off; seconds that were waited for rewards while sampling go into the list."""
     blocked = [0.0]
     if variant == "without kept texts":
-        encode, count, size = run.policy.encode, [0], run.config.sampling.micro_batch
+        encode, count, size = run.policy.encode, [0], run.config.sampling.micro_batch  # the loop's
 
         def anew(prompts: list[str]) -> Any:
             """Spaces behind a text, as many as never before, and again for every micro-batch: the same tokens, and no text that is known."""

@@ -328,7 +328,7 @@ def _estimate(run: Any) -> str:
     s, w = c.sampling, c.sampling.window or 0
     if not run.accepted_s or c.clip_range() is None or c.loss.use in FORWARD or c.pictures > c.group.size * c.group.prompts:
         return f"{c.pictures * (c.steps - run.done) * len(c.rewards)} scores; --dry-run estimates the time"  # no trajectory, or not of all
-    groups = max(1, min(c.group.prompts, s.micro_batch // c.group.size))
+    groups = max(1, min(c.group.prompts, s.batch // c.group.size))
     unit = run.accepted_s / (groups * c.group.size * (s.steps + w))  # one forward pass of one picture
     passes = s.steps + w * (4 if c.kl.weight > 0 else 3)
     step = unit * passes * c.group.size * c.group.prompts

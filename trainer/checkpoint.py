@@ -220,6 +220,7 @@ UNBOUND = (
 )
 FREE = (
     "sampling.micro_batch",
+    "sampling.draw_batch",
     "policy.gradient_checkpointing",
     "policy.compile",
     "policy.onednn",

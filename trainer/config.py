@@ -118,9 +118,20 @@ class SamplingConfig(Frozen):
     micro_batch: Annotated[int, BeforeValidator(lambda value: 0 if value == "auto" else value)] = Field(
         default=16,
         ge=0,
-        description="pictures per forward pass, in sampling and in training alike; groups that fit share one, and a window; "
+        description="pictures per forward pass; groups that fit share one, and a window; "
         "auto (or 0): the most that memory takes, tried at the start and kept for the run",
     )
+    draw_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="pictures per forward pass in sampling and evaluations, where no graph is kept and more fit; null is micro_batch. "
+        "Other sizes round differently: the first trajectory's ratios show whether by too much",
+    )
+
+    @property
+    def batch(self) -> int:
+        """Pictures per forward pass where nothing is learned from it; groups that fit share a window."""
+        return self.draw_batch or self.micro_batch
 
     def copies(self, size: int) -> int:
         """How many members of a group of `size` share a first noise, and a way up to the window."""

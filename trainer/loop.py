@@ -218,10 +218,10 @@ class Run:
         """(B, H, W, 3) uint8 of `count` evaluation prompts, in turn along the ODE."""
         s, known = self.config.sampling, self.prompts[1]
         prompts = [known[i % len(known)] for i in range(count)]
-        starts = [*range(0, count, s.micro_batch)]
+        starts = [*range(0, count, s.batch)]
         starts += [0] * (-len(starts) % self.world.size)  # ranks that hold parts of one network go through it equally often
         with self.learner.ema.swapped():
-            chunks = [self.sampler.pictures(prompts[n : n + s.micro_batch], n) for n in self.world.part(starts)]
+            chunks = [self.sampler.pictures(prompts[n : n + s.batch], n) for n in self.world.part(starts)]
         told = [chunk for chunks in self.world.tell(chunks) for chunk in chunks]
         return np.concatenate(told)[:count], prompts
 
@@ -240,7 +240,8 @@ class Run:
         if not deviation < limit:
             raise ConfigError(
                 f"unchanged weights already move the ratio by {deviation:.2g}, and a tenth of the clip range is {limit:.2g}: "
-                "clipping would act on rounding. Set policy.dtype=float32, or raise loss.clip_low and loss.clip_high."
+                "clipping would act on rounding. Set policy.dtype=float32, or raise loss.clip_low and loss.clip_high"
+                + (", or leave sampling.draw_batch away." if self.config.sampling.draw_batch else ".")
             )
         return deviation
 
@@ -385,8 +386,8 @@ class Run:
             part.load_state(saved.under(f"state/{name}"), saved.meta["state"][name])
 
     def _together(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
-        """(position of the first, prompts) of as many whole groups as fit into a micro-batch, one at least."""
-        count = max(1, self.config.sampling.micro_batch // self.config.group.size)
+        """(position of the first, prompts) of as many whole groups as fit into a pass of sampling, one at least."""
+        count = max(1, self.config.sampling.batch // self.config.group.size)
         for first in range(0, len(prompts), count):
             yield first, prompts[first : first + count]
 

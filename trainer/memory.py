@@ -130,11 +130,12 @@ def advice(config: RunConfig, what: str, error: BaseException) -> str:
     """What to set when memory ran out."""
     own = config.sampling.micro_batch
     less = f"sampling.micro_batch={max(1, own // 2)}" if own > 1 else "policy.gradient_checkpointing=true"
+    drawn = f"; in sampling, sampling.draw_batch={max(1, config.sampling.draw_batch // 2)}" if config.sampling.draw_batch else ""
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (
         f"memory ran out in {what} with sampling.micro_batch={own} ({first}). What was saved stands: go on with "
         f"`{less} --resume`; groups then share fewer windows, and the numbers go another way from there. "
-        "Also smaller: policy.gradient_checkpointing=true."
+        f"Also smaller: policy.gradient_checkpointing=true{drawn}."
     )
 
 

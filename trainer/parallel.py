@@ -104,13 +104,14 @@ def agreed(world: World, config: RunConfig) -> RunConfig:
         return config
     least = min(world.tell(config.sampling.micro_batch))
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"micro_batch": least})})
-    together = max(1, least // config.group.size)
+    together = max(1, config.sampling.batch // config.group.size)
     blocks, odd = divmod(config.group.prompts, together)
     if odd or blocks % world.size:
         fits = [m * config.group.size for m in range(1, together + 1) if config.group.prompts % (m * world.size) == 0]
-        fix = f"sampling.micro_batch={fits[-1]}" if fits else f"group.prompts={-(-config.group.prompts // world.size) * world.size}"
+        key = "draw_batch" if config.sampling.draw_batch else "micro_batch"
+        fix = f"sampling.{key}={fits[-1]}" if fits else f"group.prompts={-(-config.group.prompts // world.size) * world.size}"
         raise ConfigError(
-            f"{config.group.prompts} groups of {config.group.size}, {together} to a micro-batch, cannot be dealt out evenly to {world.size} "
+            f"{config.group.prompts} groups of {config.group.size}, {together} to a pass, cannot be dealt out evenly to {world.size} "
             f"ranks: set {fix}"
         )
     return config

@@ -72,6 +72,7 @@ def table(run: Any, services: Mapping[str, str]) -> Table:
     s, pictures = c.sampling, c.group.prompts * c.group.size
     seen = rehearse(run)
     times = math.ceil(pictures / seen.count)
+    drawn = f", {s.draw_batch} in sampling" if s.draw_batch else ""
     out = Table("what", "figure", title=f"{c.name}: {c.steps} steps", title_justify="left")
 
     def row(what: str, figure: str) -> None:
@@ -82,7 +83,7 @@ def table(run: Any, services: Mapping[str, str]) -> Table:
     row("pictures a step", f"{c.group.prompts} prompts x {c.group.size} = {pictures}")
     row(
         "micro-batch",
-        f"{s.micro_batch} pictures a pass at most; {times} rollout{'s' * (times > 1)} a step, {seen.count} pictures in the first",
+        f"{s.micro_batch} pictures a pass at most{drawn}; {times} rollout{'s' * (times > 1)} a step, {seen.count} pictures in the first",
     )
     start, length = seen.window
     if length:

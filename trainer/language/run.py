@@ -269,7 +269,7 @@ class LanguageRun(Run):
         futures: list[Any] = []
         self._encode(texts)
         with self.learner.sampling_weights():
-            for parts in tree.passes(self.config.sampling.micro_batch):
+            for parts in tree.passes(self.config.sampling.batch):
                 mine = [
                     paint(self.sampler, step, rewrites[part.start : part.stop], part, tree, same_noise=same, learned=learned)
                     for part in parts
@@ -366,7 +366,7 @@ class LanguageRun(Run):
 
     def _arm(self, texts: Sequence[str]) -> tuple[NDArray[np.uint8], Arm]:
         """The evaluation's pictures of these words, one text for each prompt in turn, scored."""
-        size, count, known = self.config.sampling.micro_batch, self.config.eval.samples, self.prompts[1]
+        size, count, known = self.config.sampling.batch, self.config.eval.samples, self.prompts[1]
         prompts = [known[i % len(known)] for i in range(count)]
         words = [Prompt(p.id, texts[i % len(texts)], p.meta) for i, p in enumerate(prompts)]
         self._encode(texts)

@@ -170,5 +170,5 @@ def paint(
         branch_at=s.branch_at if learned else None,
         solver=s.solver,
         steps_after=s.steps_after if learned else None,
-        micro_batch=s.micro_batch,
+        micro_batch=s.batch,
     )

@@ -81,8 +81,8 @@ def sample(
 
     `start_seeds` draws the first noise from other seeds than the window's: who has the same (and the same prompt) goes one way up to the
     window, which is walked once, and differs by the window alone, or by its steps from `branch_at` on. Without a window the whole path
-    is the ODE, and there is nothing to train on. Kernels round differently for other batch sizes: `micro_batch` has to be the one that
-    the loss uses. TypeError when the policy's velocity is not float32.
+    is the ODE, and there is nothing to train on. Kernels round differently for other batch sizes than
+    the loss uses: `ratio_deviation` tells by how much. TypeError when the policy's velocity is not float32.
     """
     steps = len(sigmas) - 1
     trained = list(window) if window is not None else []

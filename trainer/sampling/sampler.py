@@ -67,7 +67,7 @@ class Sampler:
             branch_at=s.branch_at,
             solver=s.solver,
             steps_after=s.steps_after,
-            micro_batch=s.micro_batch,
+            micro_batch=s.batch,
         )
 
     def pictures(self, prompts: Sequence[Prompt], first: int) -> NDArray[np.uint8]:
@@ -83,7 +83,7 @@ class Sampler:
             guidance=e.guidance,
             guided=e.guided_steps,
             solver=e.solver,
-            micro_batch=self.config.sampling.micro_batch,
+            micro_batch=self.config.sampling.batch,
         ).images_BHWC
 
 

@@ -138,6 +138,20 @@ def test_one_step_ahead_resumes_to_the_same_numbers_and_is_off_policy(service: S
     assert all(line["ratio_dev"] > 1e-4 for line in ahead[1:]), "drawn with the weights before the last update"
 
 
+def test_more_pictures_in_a_pass_of_sampling_than_of_training(service: Service, tmp_path: Path) -> None:
+    """The same pictures as with large batches in both, learned from in small ones."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in (("both", {"micro_batch": 8}), ("drawn", {"micro_batch": 2, "draw_batch": 8})):
+        service.requests.clear()
+        sampling = {**recipe("")["sampling"], **changes}  # type: ignore[dict-item]
+        run(config(service.url, group={"prompts": 2, "size": 4}, sampling=sampling, steps=1), tmp_path / name)
+        assert 8 in service.requests, "both groups are one rollout"
+        lines[name] = [line for line in numbers(tmp_path / name) if line["kind"] == "step"]
+    for both, drawn in zip(lines["both"], lines["drawn"], strict=True):
+        assert drawn["ratio_dev"] < 1e-5 and drawn["reward/total"] == pytest.approx(both["reward/total"], abs=1e-5)
+        assert drawn["grad_norm"] == pytest.approx(both["grad_norm"], rel=1e-3)
+
+
 def test_a_step_without_any_score_learns_nothing_not_even_from_real_pictures(service: Service, tmp_path: Path) -> None:
     np.savez(tmp_path / "real.npz", images=np.full((4, 28, 28, 3), 90, np.uint8), prompts=np.array(["a bag"] * 4))
     loss = {"use": "rft", "keep": 0.5, "times": 1, "real": str(tmp_path / "real.npz"), "real_share": 0.5}

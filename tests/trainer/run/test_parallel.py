@@ -135,3 +135,6 @@ def test_groups_that_cannot_be_dealt_out_are_refused(prompts: int, micro_batch: 
     raw["sampling"]["micro_batch"] = micro_batch
     with pytest.raises(ConfigError, match=fix):
         parallel.agreed(Two(0, 2), RunConfig.model_validate(raw))
+    raw["sampling"] |= {"micro_batch": 1, "draw_batch": micro_batch}
+    with pytest.raises(ConfigError, match=fix.replace("micro", "draw")):
+        parallel.agreed(Two(0, 2), RunConfig.model_validate(raw))
