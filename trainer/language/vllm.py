@@ -34,7 +34,7 @@ __all__ = ["ServerGone", "SyncFailed", "VllmEngine", "VllmError", "VllmOptions"]
 
 PROBE = ("a dog on a beach", "A dog on a beach, soft light and fine grain, a photo with natural detail.")
 TEMPERATURE, TOKENS = 0.7, 8  # of the probe that the server draws
-COLDEST = 0.01  # below, vLLM takes 0.01 in its place
+COLDEST, HOTTEST = 0.01, 2.0  # below, vLLM takes 0.01 in its place; above, it refuses
 BANDS = {"float32": 2e-4, "bfloat16": 0.2, "float16": 0.2}
 FAR = {"float32": 0.1, "bfloat16": 1.0, "float16": 1.0}  # by how much the rehearsal moves the probe, or five bands
 SEEDS = 2**63 - 1
@@ -94,9 +94,9 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], *, temperature: float, max_new_tokens: int) -> Completions:
-        """ValueError: a temperature between 0 and 0.01, or more tokens than the server's context. ServerGone after `outage_s`."""
-        if 0 < temperature < COLDEST:
-            raise ValueError(f"vLLM draws at temperature {COLDEST} or above, or at 0; {temperature} is between")
+        """ValueError: a temperature that vLLM does not take, or more tokens than the server's context. ServerGone after `outage_s`."""
+        if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
+            raise ValueError(f"vLLM draws at temperature 0, or from {COLDEST} to {HOTTEST}, and not at {temperature}")
         if self._sent is None:
             raise RuntimeError("the server has no weights of this policy yet: call sync(step) before sample")
         asked, sent = self.policy.prompt_ids(prompts), self._sent

@@ -214,8 +214,9 @@ def test_what_is_asked_wrongly_is_not_asked_again(engine: VllmEngine, server: St
     with pytest.raises(RuntimeError, match="before sample"):
         engine.sample(PROMPTS, SEEDS, temperature=1.0, max_new_tokens=4)
     engine.sync(0)
-    with pytest.raises(ValueError, match=r"at temperature 0.01 or above, or at 0; 0.001"):
-        engine.sample(PROMPTS, SEEDS, temperature=0.001, max_new_tokens=4)
+    for temperature in (0.001, 2.5, -1.0):
+        with pytest.raises(ValueError, match=f"temperature 0, or from 0.01 to 2.0, and not at {temperature}"):
+            engine.sample(PROMPTS, SEEDS, temperature=temperature, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"9000 new ones are more than the server's \d+"):
         engine.sample(PROMPTS, SEEDS, temperature=1.0, max_new_tokens=9000)
     server.faults.add("refuses")
