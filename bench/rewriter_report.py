@@ -110,7 +110,7 @@ def per_token(row: Mapping[str, float], key: str = "step") -> float:
 
 def ratios(rows: Rows, a: str, b: str, key: str = "step") -> list[float]:
     """a's time per token over b's, round by round."""
-    return [per_token(x, key) / per_token(y, key) for x, y in zip(rows[a], rows[b], strict=True)]
+    return [per_token(x, key) / max(per_token(y, key), 1e-9) for x, y in zip(rows[a], rows[b], strict=True)]
 
 
 def shown(values: Sequence[float], digits: int = 2) -> str:
@@ -133,7 +133,7 @@ def summary(rows: Rows) -> dict[str, Any]:
             "peak_mb": max(row["peak"] for row in told),
         }
         if TRL in rows:
-            for key, what in (("step", "a_step"), ("sample", "rollouts"), ("train", "training")):
+            for key, what in (("step", "a_step"), ("sample", "rollouts"), ("train", "training"), ("cpu", "cpu")):
                 got = ratios(rows, TRL, name, key)
                 out[name][f"{what}_times_trls_speed"] = [min(got), statistics.median(got), max(got)]
     return out
@@ -190,9 +190,9 @@ def show(model: str, result: Mapping[str, Any], told: Mapping[str, Any]) -> None
     out.print(table)
     if TRL not in rows:
         return
-    faster = Table("per token, times TRL's speed", "a whole step", "rollouts", "training")
+    faster = Table("per token, times TRL's speed", "a whole step", "rollouts", "training", "a step in CPU time")
     for name in (way for way in rows if way != TRL):
-        faster.add_row(name, *(shown(ratios(rows, TRL, name, key)) for key in ("step", "sample", "train")))
+        faster.add_row(name, *(shown(ratios(rows, TRL, name, key)) for key in ("step", "sample", "train", "cpu")))
     out.print(faster)
     apart, speed = result["apart"], statistics.median(ratios(rows, TRL, HERE))
     wanted = Table("wanted", "seen", "")
