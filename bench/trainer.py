@@ -32,19 +32,21 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Work:
-    """A step: `prompts` groups of `group` pictures, `micro_batch` in a pass (RealGen's 3), `large` where batches are larger."""
+    """A step: `prompts` groups of `group` pictures, `micro_batch` in a pass (RealGen's 3), `drawn` in one of sampling, `large` where
+    training's are larger."""
 
     prompts: int
     group: int
+    drawn: int
     large: int
     micro_batch: int = 3
     checkpointing: bool = False
 
 
 WORK = {
-    "tiny": Work(prompts=4, group=9, large=18),
-    "100m": Work(prompts=2, group=6, large=6),
-    "sd35-medium": Work(prompts=2, group=6, large=6, checkpointing=True),
+    "tiny": Work(prompts=4, group=9, drawn=9, large=18),
+    "100m": Work(prompts=2, group=6, drawn=6, large=6),
+    "sd35-medium": Work(prompts=2, group=6, drawn=6, large=6, checkpointing=True),
 }
 ON_CUDA = "sd35-medium"
 # What is switched off in Verism, or switched on: keys of `sampling` or `policy`, or what `_without` does where there is no key.
@@ -82,7 +84,7 @@ def recipe(size: str, folder: Path, prompts: Path, urls: dict[str, str], device:
         "height": side,
         "width": side,
         "micro_batch": work.micro_batch,
-        "draw_batch": work.large,
+        "draw_batch": work.drawn,
         **{key: work.large if value == "large" else value for key, value in changes.items()},
     }
     raw: dict[str, Any] = {

@@ -207,7 +207,12 @@ def show(size: str, device: str, result: Mapping[str, Any]) -> None:
     for name in (n for n in VARIANTS if n in rows and n != HERE):
         off, on = (name, HERE) if name.startswith("without") else (HERE, name)
         memory = told[on]["peak_mb"] / told[off]["peak_mb"]
-        parts.add_row(name.split(" ", 1)[1], shown(ratios(rows, off, on)), f"{memory:.2f}", WHAT[name].format(large=work.large))
+        parts.add_row(
+            name.split(" ", 1)[1],
+            shown(ratios(rows, off, on)),
+            f"{memory:.2f}",
+            WHAT[name].format(large=work.large, drawn=work.drawn),
+        )
     if parts.row_count:
         console.print(parts)
     own, apart = told[HERE], result["apart"]
@@ -232,7 +237,7 @@ WHAT = {
     "without shared prefix": "off: every picture walks its whole way (sampling.prefix=own)",
     "without overlap": "off: the rewards of each rollout are waited for before the next is sampled",
     "without oneDNN": "off: products with frozen weights by MKL, as torch alone computes them (policy.onednn)",
-    "without larger sampling batches": "off: as many pictures in a pass of sampling as in one of training (sampling.draw_batch; on: {large})",
+    "without larger sampling batches": "off: as many pictures in a pass of sampling as in one of training (sampling.draw_batch; on: {drawn})",
     "with larger training batches": "on: {large} pictures in a pass of training too (sampling.micro_batch)",
     "with fewer guided passes": "on: none behind the window (sampling.guided_steps=[0, 6]), which gives other pictures",
     "with one step ahead": "on: the next step is sampled before this one is learned from (sampling.ahead), one step off-policy",

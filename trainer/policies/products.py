@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGE = 2**25  # multiplications
+LARGE = 2**27  # multiplications
 
 
 class _Product(torch.autograd.Function):
