@@ -18,15 +18,19 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.config import ConfigError
+from trainer.language.packed import packed
 
 Prompt = tuple[int, ...]
 _ROOM = 64  # tokens that keys and values are given room for at once
+_STEPS = 16  # as many tokens have to be drawn before packing the weights pays
 _LOGITS = 2**24  # logits that are held at once, 64 MiB
 
 
 class Roomy(DynamicLayer):
     """Keys and values with room behind them: a token is written, and the others are not copied. Not for gradients."""
 
+    keys: Tensor
+    values: Tensor
     _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -69,13 +73,14 @@ class _Read:
 
 
 class Network:
-    """`model` (with a head) on its device; `ends` are the tokens that end a turn; `casts` is what float32 weights are computed in.
+    """`model` (with a head) on its device; `ends` are the tokens that end a turn; `casts` is what float32 weights are computed in; `packs`
+    lets weights be packed for drawing.
 
     ConfigError for a model whose logits are not its head's, with or without the scales known here.
     """
 
-    def __init__(self, model: Any, ends: Sequence[int], casts: torch.dtype | None = None) -> None:
-        self.model, self.casts = model, casts
+    def __init__(self, model: Any, ends: Sequence[int], casts: torch.dtype | None = None, packs: bool = False) -> None:
+        self.model, self.casts, self.packs = model, casts, packs and casts is None
         self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
         self.device: torch.device = model.device
         self.ends = torch.tensor(sorted(set(ends)), device=self.device)
@@ -98,9 +103,10 @@ class Network:
         """
         ids, logp = torch.zeros(len(prompts), most, dtype=torch.long), torch.zeros(len(prompts), most)
         mask = torch.zeros(len(prompts), most, dtype=torch.bool)
-        for rows in self._batches(prompts, micro_batch):
-            uniform = [torch.rand(most, generator=torch.Generator().manual_seed(seeds[r]), dtype=torch.float64) for r in rows]
-            ids[rows], logp[rows], mask[rows] = self._draw([prompts[r] for r in rows], torch.stack(uniform), temperature)
+        with packed(self.model) if self.packs and most >= _STEPS else contextlib.nullcontext():
+            for rows in self._batches(prompts, micro_batch):
+                uniform = [torch.rand(most, generator=torch.Generator().manual_seed(seeds[r]), dtype=torch.float64) for r in rows]
+                ids[rows], logp[rows], mask[rows] = self._draw([prompts[r] for r in rows], torch.stack(uniform), temperature)
         return ids, logp, mask
 
     def logp(self, prompts: Sequence[Prompt], ids_BT: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

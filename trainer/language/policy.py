@@ -58,7 +58,7 @@ class RewriterOptions(BaseModel):
     max_prompt_tokens: int = Field(default=512, ge=1, description="of instruction, template and prompt together")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the network")
     gradient_checkpointing: bool = Field(default=False, description="activations are computed again in the backward pass")
-    onednn: bool = Field(default=True, description="on a CPU: products with frozen float32 weights by oneDNN instead of MKL")
+    onednn: bool = Field(default=True, description="on a CPU: products with float32 weights by oneDNN instead of MKL")
 
 
 class RewriterPolicy:
@@ -92,7 +92,7 @@ class RewriterPolicy:
         if options.onednn:
             by_onednn(model)
         casts = options.lora is None and self.dtype != torch.float32
-        self.network = Network(model, self.end_ids, self.dtype if casts else None)
+        self.network = Network(model, self.end_ids, self.dtype if casts else None, packs=options.onednn)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", seed: int = 0, **options: Any) -> Self:

@@ -74,18 +74,21 @@ def _convert(source: Path, into: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    at = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
+    at = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**at)
     # as published: digits one by one, which transformers does not read from a GGUF file
     cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
-    model = AutoModelForCausalLM.from_pretrained(**at, dtype=torch.float32)
-    model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)
+    read = AutoModelForCausalLM.from_pretrained(**at, dtype=torch.float32)
+    told = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    config = type(read.config).from_dict({**told, "rms_norm_eps": round(read.config.rms_norm_eps, 9)})
+    with torch.device("meta"):  # a model that was read from GGUF is not saved by transformers; one like it is
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.model_max_length = config.max_position_embeddings
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
 

@@ -24,7 +24,9 @@ from transformers.utils import logging
 from tests.trainer.language import tiny
 from trainer.config import ConfigError
 from trainer.language import network
+from trainer.language import packed as packing
 from trainer.language.chat import clean, read_instruction
+from trainer.language.packed import packed
 from trainer.language.policy import PromptTooLong, RewriterPolicy, TransformersEngine
 from trainer.language.types import Completions, joined
 
@@ -453,6 +455,40 @@ def test_the_engine_is_the_policy(policy: RewriterPolicy) -> None:
     assert engine.sample(PROMPTS, SEEDS, temperature=1.0, max_new_tokens=20).texts == drawn(policy).texts
     assert engine.sync(3) == {"engine": "transformers", "synced": "not needed"}
     engine.close()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_weights_are_packed_with_the_adapter_and_only_for_drawing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({}, {"lora": None}, {"lora": {"targets": ("q_proj", "down_proj")}}):
+        policy, plain = moved(tiny.policy(folder, **options)), moved(tiny.policy(folder, onednn=False, **options))
+        ids = torch.tensor(policy.prompt_ids(["a red bag"]))
+        with torch.no_grad():
+            expected = plain.model(input_ids=ids).logits
+            with packed(policy.model):
+                forwards = [name for name, module in policy.model.named_modules() if "forward" in module.__dict__]
+                torch.testing.assert_close(policy.model(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(policy.model(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+            with policy.reference(), plain.reference(), packed(policy.model):
+                before = policy.model(input_ids=ids).logits
+                torch.testing.assert_close(before, plain.model(input_ids=ids).logits, atol=1e-4, rtol=0)
+        assert len(forwards) == 2 * 7 + 1 and (before - expected).abs().max() > 0.1
+        assert not any("forward" in module.__dict__ for module in policy.model.modules())
+        assert drawn(policy).texts == drawn(plain).texts
+        assert torch.equal(policy.logp(drawn(policy))[0].detach(), policy.logp(drawn(policy))[0].detach())
+    asked = []
+    monkeypatch.setattr(network, "packed", lambda model: asked.append(model) or packed(model))
+    drawn(policy, most=15)
+    drawn(plain)
+    tiny.policy(folder, lora=None, dtype="bfloat16").sample(["a"], [1], temperature=1.0, max_new_tokens=20)
+    assert not asked
+    drawn(policy, most=16)
+    assert asked == [policy.model]
+    monkeypatch.setattr(packing, "MOST", 1000)
+    with packed(policy.model):
+        assert not any("forward" in module.__dict__ for module in policy.model.modules())
+    with pytest.raises(ZeroDivisionError), packed(policy.model):
+        raise ZeroDivisionError
+    assert not any("forward" in module.__dict__ for module in policy.model.modules())
 
 
 def test_prompts_in_common_are_read_once(policy: RewriterPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
