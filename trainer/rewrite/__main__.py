@@ -16,7 +16,7 @@ start the services first (`make serve`), then:
   verism-rewrite "a coat" --rewriter http://gpu3:8005     a service that has POST /rewrite
   verism-rewrite "a coat" --policy runs/world             the pictures of a trained policy
   verism-rewrite "a coat" --n 24 --budget 1500 --prune    previews early, drops the worst, stays within 1500 forward passes
-  verism-rewrite "a coat" --refine 3 --critic critic --rewards realism=URL alignment=URL critic=URL
+  verism-rewrite "a coat" --refine 3 --critic critic --rewards detector=URL#logit alignment=URL#margin critic=URL
                                                           a judge (use: rational_rewards) proposes better prompts, up to 3 rounds
   verism-rewrite "a coat" --save out/ --json > out.json   keeps the pictures, and everything that was tried
 
