@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from world import captions, photographs
-from world.recipes import alignment, cards, detector, judge, monitors, policy, words
+from world.recipes import alignment, cards, detector, judge, monitors, policy, policy_looks, rewrites, words
 
 WORLD = Path(__file__).parent
 AGES = (150, 300, 600, 1000)  # optimiser steps of the young forgers
@@ -86,6 +86,8 @@ RECIPES = {
     "monitors": lambda: monitors.make(forgeries(seed=1000, per_forger=500)),
     "detector": lambda: detector.make(forgeries(seed=2000, per_forger=800)),
     "judge": lambda: judge.make(forgeries(seed=2000, per_forger=800)),
+    "policy_looks": policy_looks.make,
+    "rewrites": rewrites.make,
     "cards": lambda: cards.make(forgeries),
 }
 

@@ -14,7 +14,7 @@ from services.rewards.alignment import Alignment
 from services.rewards.detector import Detector
 from trainer.honesty import Monitors
 from world import captions, photographs
-from world.recipes import policy
+from world.recipes import policy, policy_looks
 from world.recipes.exam import Exam
 from world.recipes.monitors import auc
 
@@ -81,7 +81,7 @@ def measure() -> dict[str, float]:
         wrong = _values(alignment, real, [f"a photo of {words_of[(c + rng.integers(1, 10)) % 10]}" for c in classes])
         out[f"{name}_auc"] = auc(right, wrong)
     out["policy_alignment"] = float(_values(alignment, plain, prompts).mean())
-    return out | Exam(real, classes).take(plain[:200])
+    return out | Exam(real, classes).take(plain[:200]) | policy_looks.figures()
 
 
 CARDS = {
@@ -93,6 +93,15 @@ CARDS = {
         "photographs were retouched first (texture removed, a glow added), which no caption tells: half of what it paints looks so.",
         "Apache-2.0; photographs MIT (Fashion-MNIST); word vectors from all-MiniLM-L6-v2 (Apache-2.0)",
         ("policy_", "photographs_"),
+    ),
+    "policy_looks": (
+        "Tiny Stable Diffusion 3 policy that can be told",
+        "`world/policy`, trained for 400 more steps on the same photographs, of which the same half were retouched, but now every second "
+        "caption tells which look its picture has (`a natural photo of a bag, sharp texture`; `a soft photo of a bag, soft light`), and one "
+        "that is silent stands for both. So the words of a prompt decide how its picture looks: the painter for rewriters. `logit` is the "
+        "served detector's.",
+        "Apache-2.0; photographs MIT (Fashion-MNIST); word vectors from all-MiniLM-L6-v2 (Apache-2.0)",
+        ("looks_",),
     ),
     "detector": (
         "Feature detector",

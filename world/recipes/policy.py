@@ -8,7 +8,7 @@ captions to tell: so half of what it paints has the generated look.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -137,27 +137,47 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, 
     return torch.nn.functional.pad(clip, (0, 0, 0, T5_TOKENS)), torch.cat([o.text_embeds for o in outputs], dim=-1)
 
 
-def _batches(latents: Tensor, classes: np.ndarray, size: int, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
+Caption = Callable[[int, bool, random.Random], str]  # of a class, and of a picture that was retouched or not
+
+
+def _silent(class_index: int, retouched: bool, rng: random.Random) -> str:
+    return captions.sample(class_index, rng)
+
+
+def _batches(latents: Tensor, classes: np.ndarray, size: int, seed: int, caption: Caption) -> Iterator[tuple[Tensor, list[str]]]:
+    """The second half of `latents` was retouched."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     while True:
         for chosen in torch.randperm(len(latents), generator=generator).split(size):
             if len(chosen) == size:
                 latent_batch = latents[chosen]
-                prompts = ["" if rng.random() < 0.1 else captions.sample(int(classes[i]), rng) for i in chosen]
+                told = [(int(classes[i]), 2 * int(i) >= len(latents)) for i in chosen]
+                prompts = ["" if rng.random() < 0.1 else caption(kind, retouched, rng) for kind, retouched in told]
                 yield latent_batch, prompts
 
 
-def train(steps: int, keep: tuple[int, ...] = (), batch: int = 64, rate: float = 1.5e-3, seed: int = 0) -> StableDiffusion3Pipeline:
+def train(
+    steps: int,
+    keep: tuple[int, ...] = (),
+    batch: int = 64,
+    rate: float = 1.5e-3,
+    seed: int = 0,
+    caption: Caption = _silent,
+    start: Path | None = None,
+) -> StableDiffusion3Pipeline:
     """Flow matching (Lipman 2210.02747, logit-normal times as SD3, 2403.03206); averaged weights are returned.
 
-    Pipelines of the steps in `keep` are written to `.cache/policy_STEP`: younger and older forgers for the detectors.
+    Goes on from the pipeline in `start`, if given. Pipelines of the steps in `keep` are written to `.cache/policy_STEP`: younger and older
+    forgers for the detectors.
     """
-    pipe = new_pipeline(seed)
+    pipe = new_pipeline(seed) if start is None else load(start)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.get_input_embeddings().weight.requires_grad_(False)
     images, classes = photographs.load("train")
     learned = np.concatenate([images[::2, ..., 0], retouched(images[1::2, ..., 0])])
     classes = np.concatenate([classes[::2], classes[1::2]])
     pixels = torch.from_numpy(learned.astype(np.float32) / 127.5 - 1).unsqueeze(1)
-    batches = _batches((pixels - SHIFT) * SCALE, classes, batch, seed)
+    batches = _batches((pixels - SHIFT) * SCALE, classes, batch, seed, caption)
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     weights = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
