@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
@@ -23,6 +24,7 @@ from trainer.language.packed import packed
 Prompt = tuple[int, ...]
 _ROOM = 64  # tokens that keys and values are given room for at once
 _STEPS = 16  # as many tokens have to be drawn before packing the weights pays
+_EVEN = 16  # lengths are padded to multiples of it: every other shape of product costs oneDNN megabytes for good
 _LOGITS = 2**24  # logits that are held at once, 64 MiB
 
 
@@ -113,13 +115,15 @@ class Network:
         """Log-probabilities and entropies (B, T) float32 of answers, on the device; 0 where masked. Temperature 0 counts as 1."""
         ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
         states_ND, ids_N = self._states(prompts, ids_BT, mask_BT)[mask_BT], ids_BT[mask_BT]
-        size = max(1, _LOGITS // self._output.weight.shape[0])
+        count = len(ids_N)
+        states_ND, ids_N = functional.pad(states_ND, (0, 0, 0, -count % _EVEN)), functional.pad(ids_N, (0, -count % _EVEN))
+        size = max(1, _LOGITS // self._output.weight.shape[0] // _EVEN) * _EVEN
         again = torch.is_grad_enabled() and len(ids_N) > size
         pairs = []
         for states, tokens in zip(states_ND.split(size), ids_N.split(size), strict=True):
             arguments = states, tokens, temperature or 1.0
             pairs.append(checkpoint(self._score, *arguments, use_reentrant=False) if again else self._score(*arguments))
-        logp, entropy = (torch.cat(values) for values in zip(*pairs, strict=True))
+        logp, entropy = (torch.cat(values)[:count] for values in zip(*pairs, strict=True))
         empty = logp.new_zeros(ids_BT.shape)
         return empty.masked_scatter(mask_BT, logp), empty.masked_scatter(mask_BT, entropy)
 
@@ -180,9 +184,11 @@ class Network:
             cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=self.device))
         length_U = torch.tensor([len(p) for p in prompts], device=self.device)
         rest_UR = pad_sequence([torch.tensor(p[common:], device=self.device) for p in prompts], batch_first=True)
+        if self.shares:
+            rest_UR = functional.pad(rest_UR, (0, -rest_UR.shape[1] % _EVEN))
         places_P = torch.arange(common + rest_UR.shape[1], device=self.device)
         mask_UP = places_P < length_U[:, None]
-        states = self._forward(rest_UR, mask_UP, places_P[None, common:].expand(len(prompts), -1), cache)
+        states = self._forward(rest_UR, mask_UP, self._inside(places_P[None, common:].expand(len(prompts), -1)), cache)
         last_UD = states[torch.arange(len(prompts), device=self.device), length_U - common - 1]
         return _Read(cache, mask_UP, length_U, last_UD)
 
@@ -195,9 +201,11 @@ class Network:
             read.select(torch.tensor([unique.index(p) for p in prompts], device=self.device))
             if more == 0:
                 return read.last_UD[:, None]
-            places_BT = read.length_U[:, None] + torch.arange(more, device=self.device)
-            states = self._forward(ids_BT[:, :-1], torch.cat([read.mask_UP, mask_BT[:, :-1]], 1), places_BT, read.cache)
-            return torch.cat([read.last_UD[:, None], states], 1)
+            padding = (0, -more % _EVEN)
+            given_BT, holds_BT = functional.pad(ids_BT[:, :-1], padding), functional.pad(mask_BT[:, :-1], padding)
+            places_BT = self._inside(read.length_U[:, None] + torch.arange(given_BT.shape[1], device=self.device))
+            states = self._forward(given_BT, torch.cat([read.mask_UP, holds_BT], 1), places_BT, read.cache)
+            return torch.cat([read.last_UD[:, None], states[:, :more]], 1)
         rows = [torch.cat([torch.tensor(p, device=self.device), row[:-1]]) for p, row in zip(prompts, ids_BT, strict=True)]
         length_B = torch.tensor([len(p) for p in prompts], device=self.device)
         places_L = torch.arange(max(len(row) for row in rows), device=self.device)
@@ -207,6 +215,10 @@ class Network:
         states = self._forward(pad_sequence(rows, batch_first=True), answer_BL, places_L.expand(len(rows), -1), None)
         at_BT = length_B[:, None] - 1 + torch.arange(more + 1, device=self.device)
         return states.gather(1, at_BT[..., None].expand(-1, -1, states.shape[-1]))
+
+    def _inside(self, places: Tensor) -> Tensor:
+        """Padding may reach beyond the places that the model has."""
+        return places if self.context is None else places.clamp(max=self.context - 1)
 
     def _forward(self, ids_BT: Tensor, mask_BP: Tensor | None, places_BT: Tensor, cache: Cache | None) -> Tensor:
         with self._casting(), self._checkpointing():
@@ -259,13 +271,13 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         return token_B, logits_BV.log_softmax(-1).gather(1, token_B[:, None]).squeeze(1)
     p_BV = torch.softmax(logits_BV / temperature, -1)
     block = 256
-    p_BNK = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % block)).unflatten(1, (-1, block))
+    p_BNK = functional.pad(p_BV, (0, -p_BV.shape[1] % block)).unflatten(1, (-1, block))
     sums_BN = p_BNK.sum(-1).double().cumsum(-1)
     below_one = 1 - 1e-12  # a sum never ends before the number that is looked for
     target_B1 = uniform_B[:, None] * sums_BN[:, -1:] * below_one
     n_B1 = torch.searchsorted(sums_BN, target_B1, right=True)
     inner_BK = p_BNK[torch.arange(len(n_B1), device=n_B1.device), n_B1.squeeze(1)].double().cumsum(-1)
-    rest_B1 = target_B1 - torch.nn.functional.pad(sums_BN, (1, 0)).gather(1, n_B1)
+    rest_B1 = target_B1 - functional.pad(sums_BN, (1, 0)).gather(1, n_B1)
     k_B1 = torch.searchsorted(inner_BK, torch.minimum(rest_B1, inner_BK[:, -1:] * below_one), right=True)
     token_B1 = n_B1 * block + k_B1
     return token_B1.squeeze(1), p_BV.gather(1, token_B1).log().squeeze(1)
