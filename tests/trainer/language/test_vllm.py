@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from tests.trainer.language import tiny
 from tests.trainer.language.broken import half_renamed, move, renamed, rescaled, zeroed
@@ -324,3 +325,22 @@ def test_a_server_is_started_by_hand_with_a_key(
     python, arguments, environment = ran[0]
     assert python == Path(sys.executable) and arguments[-2:] == ["--max-model-len", "256"] and "8719" in arguments
     assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_a_whole_model_is_compared_where_its_vocabulary_is_padded(tmp_path: Path) -> None:
+    given = {"embed.weight": torch.randn(5, 2), "norm.weight": torch.randn(2)}
+    save_file(given, tmp_path / "model.safetensors")
+    model = torch.nn.Module()
+    model.embed, model.norm = torch.nn.Embedding(8, 2), torch.nn.LayerNorm(2)
+    worker = verism_weights.Weights()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model, dtype=torch.float32)
+    worker.reload_weights = lambda weights_iterator: [
+        model.get_parameter(name).data[: len(value)].copy_(value) for name, value in weights_iterator
+    ]
+    told = worker.verism_load(str(tmp_path), "step-3", [*given, "missing.weight"])
+    wanted = {name: digest(value) for name, value in given.items()}
+    assert told == {"passed": wanted, "held": wanted, "dtype": "float32"} and worker.verism_tag() == ["step-3"]
+    worker.reload_weights = lambda weights_iterator: list(weights_iterator)  # reads, and forgets
+    save_file({name: value + 1 for name, value in given.items()}, tmp_path / "model.safetensors")
+    told = worker.verism_load(str(tmp_path), "step-4", list(given))
+    assert told["held"] == wanted and told["passed"] == {name: digest(value + 1) for name, value in given.items()}

@@ -71,7 +71,7 @@ class Weights:
         """The whole model from a folder's safetensors. Of the parameters `names`: digests of what came in, and of what the model then holds
         where that can be read (on a CPU linear layers keep their weights packed); the model's precision."""
         global TAG
-        TAG, passed = "nothing", dict[str, str]()
+        TAG, passed, rows = "nothing", dict[str, str](), dict[str, int]()
 
         def coming() -> Iterator[tuple[str, Any]]:
             from safetensors import safe_open
@@ -81,14 +81,15 @@ class Weights:
                     for name in tensors.keys():  # noqa: SIM118
                         tensor = tensors.get_tensor(name)
                         if name in names:
-                            passed[name] = digest(tensor)
+                            passed[name], rows[name] = digest(tensor), len(tensor)
                         yield name, tensor
 
         self.reload_weights(weights_iterator=coming())
         TAG = tag
         model = self.model_runner.get_model()
         found = {name: held(model, name) for name in names}
-        kept = {name: digest(one) for name, one in found.items() if one is not None}
+        known = {name: one for name, one in found.items() if one is not None and name in rows}
+        kept = {name: digest(one[: rows[name]]) for name, one in known.items()}  # vocabularies are padded
         return {"passed": passed, "held": kept, "dtype": str(self.model_runner.dtype).removeprefix("torch.")}
 
     def verism_tag(self) -> list[str]:
