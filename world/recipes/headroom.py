@@ -36,6 +36,8 @@ def ways() -> dict[str, Callable[[Row], str]]:
         "its thing": lambda row: f"a photo of {row['thing']}",
         "its thing, soft": lambda row: f"a soft photo of {row['thing']}, soft light",
         "its thing, natural": lambda row: f"a natural photo of {row['thing']}, sharp texture",
+        "its thing, natural before": lambda row: f"a natural photo of {row['thing']}",
+        "its thing alone, natural light": lambda row: f"{row['thing']}, natural light",
         "a known name": lambda row: f"a photo of {captions.WORDINGS[row['class']][0]}",
         "a known name, natural": lambda row: f"a natural photo of {captions.WORDINGS[row['class']][0]}, sharp texture",
         "as the pairs": lambda row: rewrites.rewrite(row["prompt"], row["thing"], row["class"], rng, count),
