@@ -76,7 +76,7 @@ def _gain(judged: Mapping[str, Any], key: str) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) and math.isfinite(value) else ""
+    return f"{round(value, 9) + 0.0:.3g}" if isinstance(value, int | float) and math.isfinite(value) else ""
 
 
 def _cut(text: Any) -> str:
