@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 PARTS = {
+    "rewrite": "rewriting",
     "sample": "sampling",
     "decode": "decoding",
     "encode": "text encoding",
