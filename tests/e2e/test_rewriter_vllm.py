@@ -99,6 +99,7 @@ def test_rewrites_are_drawn_from_the_policys_distribution(engine: VllmEngine, po
 
 
 def test_a_row_is_its_seeds_whatever_the_batch(engine: VllmEngine) -> None:
+    engine.sync(25)
     together = engine.sample(PROMPTS, SEEDS, temperature=1.0, max_new_tokens=24)
     assert together.texts == engine.sample(PROMPTS, SEEDS, temperature=1.0, max_new_tokens=24).texts
     alone = [engine.sample([p], [s], temperature=1.0, max_new_tokens=24).texts[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
