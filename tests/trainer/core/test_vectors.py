@@ -30,7 +30,6 @@ from trainer.sampling.sampler import members
 from trainer.sampling.windows import window_of
 from trainer.types import Prompt
 
-
 FILE = Path(os.environ.get("VERISM_VECTORS", Path(__file__).parents[2] / "data" / "reference_vectors.npz"))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
