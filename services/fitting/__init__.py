@@ -1,0 +1,1 @@
+"""Rewards that are refitted while they serve: on real pictures and on what a generator makes now."""
