@@ -11,17 +11,40 @@
     GET    /admin/rewards/NAME/versions  -> Versions
 
 Scores come from the last published version until a refit is done, has proved itself on pictures that it did not learn from, and is swapped in
-between two batches. A version that was kept out is in the answer, with the reason.
+between two batches. A version that was kept out is in the answer, with the reason. Bodies are JSON (pictures in base64) or msgpack.
 """
 
-from typing import Literal
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field
+import msgspec
+from pydantic import Field, ValidationError, model_validator
 
-from shared.schema import Frozen, ImageData
+from shared.errors import BadRequest, Invalid, UnsupportedMedia, VerismError
+from shared.schema import PROMPT_BYTES, Frozen, ImageData
+from shared.wire import JSON, MULTIPART, Body, decode_base64, image_fields, media_type, refuse_pickle
 
 Side = Literal["real", "generated"]
 Outcome = Literal["idle", "running", "published", "ready", "kept_out", "failed"]
+MOST_PICTURES = 256  # of one request
+M = TypeVar("M", bound=Frozen)
+
+
+class Leased(VerismError):
+    """Another holder has the lease; `retry_after_ms` says for how long at most."""
+
+    kind, status = "leased", 409
+
+
+class NoLease(VerismError):
+    """Not, or no longer, the lease that is held: take it again."""
+
+    kind, status = "no-lease", 409
+
+
+class Refitting(VerismError):
+    """What was asked for cannot be now: a refit runs, or there is nothing to publish."""
+
+    kind, status = "refitting", 409
 
 
 class Hold(Frozen):
@@ -46,7 +69,13 @@ class FitPicture(Frozen):
 
     image: ImageData
     prompt: str | None = None
-    group: str | None = None
+    group: str | None = Field(default=None, max_length=256)
+
+    @model_validator(mode="after")
+    def _short_prompt(self) -> Self:
+        if self.prompt is not None and len(self.prompt.encode("utf-8", "surrogatepass")) > PROMPT_BYTES:
+            raise ValueError(f"the prompt is longer than {PROMPT_BYTES} bytes; shorten it")
+        return self
 
 
 class FitPictures(Frozen):
@@ -54,11 +83,11 @@ class FitPictures(Frozen):
 
     lease: str
     side: Side
-    items: list[FitPicture] = Field(min_length=1, max_length=256)
+    items: list[FitPicture] = Field(min_length=1, max_length=MOST_PICTURES)
 
 
 class Waiting(Frozen):
-    """Examples that the next refit will see."""
+    """Examples that the next refit will see; one that is sent twice counts once."""
 
     real: int
     generated: int
@@ -89,7 +118,10 @@ class FitState(Frozen):
     replayed: int = 0
     losses: dict[str, float] = {}
     accuracy: float | None = None
-    accuracy_before: float | None = None
+    accuracy_before: float | None = Field(default=None, description="of the version that was served, on the same pictures")
+    evaluated: dict[str, float] = Field(
+        default={}, description="some of those pictures by the sha256 of their pixels: the candidate's scores, as /score gives them"
+    )
     seconds: float = 0.0
     reason: str | None = Field(default=None, description="of what was kept out or failed: what happened, and what to do")
     warnings: list[str] = []
@@ -103,6 +135,7 @@ class KeptVersion(Frozen):
     accuracy: float | None = None
     steps: int = Field(default=0, description="optimiser steps in all")
     replay: int = Field(default=0, description="pairs in the replay buffer")
+    snapshot: bool = Field(default=False, description="kept until it is rolled back over, however many come after it")
 
 
 class Versions(Frozen):
@@ -125,3 +158,31 @@ class RollbackBody(Frozen):
 
     lease: str
     version: int = Field(ge=1)
+
+
+def parse(model: type[M], header: str | None, body: Body) -> M:
+    """A body. BadRequest when it cannot be read, Invalid when it is not what the route takes."""
+    kind = media_type(header)
+    if kind == MULTIPART:
+        raise UnsupportedMedia("send application/json or application/msgpack; only /score takes a form")
+    refuse_pickle(body)
+    try:
+        raw: Any = msgspec.json.decode(body) if kind == JSON else msgspec.msgpack.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise BadRequest(f"the body is not {kind.rpartition('/')[2]}") from error
+    if kind == JSON and isinstance(raw, dict) and isinstance(raw.get("items"), list):
+        for index, item in enumerate(raw["items"]):
+            if isinstance(item, dict):
+                decode_base64(item.get("image"), f"items[{index}].image")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).removeprefix(".")
+        raise Invalid(f"{where or 'body'}: {first['msg']}") from error
+
+
+def pack(pictures: FitPictures) -> bytes:
+    """As msgpack."""
+    items = [{"image": image_fields(one.image), "prompt": one.prompt, "group": one.group} for one in pictures.items]
+    return msgspec.msgpack.encode({"lease": pictures.lease, "side": pictures.side, "items": items})

@@ -17,7 +17,11 @@ class Fitter(Protocol):
         ...
 
     def losses(self, real: Sequence[Item], generated: Sequence[Item], generator: torch.Generator) -> dict[str, Tensor]:
-        """`total` with its gradient, and its parts for the log. Pictures pass the path that scoring passes, after augmentation."""
+        """`total` with its gradient, and its parts for the log. Pictures pass the path that scoring passes, after augmentation.
+
+        As many of one side as of the other, and at one place a pair: of one group, else of one prompt where there is one. A part named
+        `accuracy`, of these pictures before the step, saves scoring them once more to know when to stop.
+        """
         ...
 
     def scores(self, items: Sequence[Item]) -> Tensor:
@@ -25,7 +29,7 @@ class Fitter(Protocol):
         ...
 
     def accuracy(self, real: Tensor, generated: Tensor) -> float:
-        """In [0, 1], of `scores` of both sides."""
+        """In [0, 1], of `scores` of both sides: as many of one as of the other, at one place a pair."""
         ...
 
     def reward(self, weights: Mapping[str, Tensor], version: int) -> Reward:
