@@ -1,8 +1,6 @@
 """Our formulas against outputs of the authors' own code; VERISM_VECTORS names another file of the same keys."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from trainer.regularizers.kl import v_kl, x_kl
 from trainer.sampling.sampler import members
 from trainer.sampling.windows import window_of
 from trainer.types import Prompt
+
+pytestmark = pytest.mark.xdist_group("vectors")  # one process sees which arrays were looked at
 
 FILE = Path(os.environ.get("VERISM_VECTORS", Path(__file__).parents[2] / "data" / "reference_vectors.npz"))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -317,12 +317,6 @@ ELSEWHERE = ("trl_", "ffadv_", "adv_rwr_", "adv_sft_", "adv_dpo_", "adv_tracker_
 
 
 def test_every_array_is_looked_at(vectors: Any, request: pytest.FixtureRequest) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one process has to see all of them
-        alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, cwd=request.config.rootpath, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:]
-        return
     known = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
     run = {item.originalname for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)}
     if known - run or request.config.option.keyword:
