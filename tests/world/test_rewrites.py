@@ -46,7 +46,7 @@ def test_a_run_reads_the_prompts_and_a_cold_start_the_pairs() -> None:
         assert forms.keys() == rewrites.FRAMES["eval"].keys() and max(forms.values()) < 2 * min(forms.values())
         assert len(classes) == 10 and max(classes.values()) < 1.5 * min(classes.values())
     pairs = read_pairs(FOLDER / "pairs_train.jsonl")
-    assert len(pairs) == 400 and len(read_pairs(FOLDER / "pairs_eval.jsonl", apart_from=pairs)) == 80
+    assert len(pairs) == 800 and len(read_pairs(FOLDER / "pairs_eval.jsonl", apart_from=pairs)) == 80
 
 
 def test_what_is_held_out_was_never_shown() -> None:

@@ -40,7 +40,7 @@ def ways() -> dict[str, Callable[[Row], str]]:
         "its thing alone, natural light": lambda row: f"{row['thing']}, natural light",
         "a known name": lambda row: f"a photo of {captions.WORDINGS[row['class']][0]}",
         "a known name, natural": lambda row: f"a natural photo of {captions.WORDINGS[row['class']][0]}, sharp texture",
-        "as the pairs": lambda row: rewrites.rewrite(row["prompt"], row["thing"], row["class"], rng, count),
+        "as the pairs": lambda row: rewrites.rewrite(row["prompt"], row["thing"], rng, count),
     }
 
 

@@ -19,7 +19,7 @@ from world.recipes import policy_looks, words
 FOLDER = Path(__file__).parents[1] / "rewrites"
 ROOM = words.MAX_LENGTH - 2  # tokens that painter and alignment model read of a prompt
 PROMPTS = {"train": 400, "eval": 160}
-PAIRS = {"train": 400, "eval": 80}
+PAIRS = {"train": 800, "eval": 80}
 
 # Names that `captions` does not have, in the order of photographs.CLASS_NAMES. No model here has seen them in training. Left out are those
 # that the alignment model takes for something else, so that no reward could tell what became of them: anorak, chinos, hoodie, leggings,
@@ -52,6 +52,13 @@ FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "Do you have {thing}?",
             "make {thing} for {occasion}",
             "got {thing}? {quality}!",
+            "off to {occasion} in {thing}",
+            "my {person} asks for {thing}, {colour}",
+            "for {occasion} {thing}",
+            "where is my {bare}?",
+            "we had {thing} like that for {occasion}",
+            "it has to be {thing}, my {person} says",
+            "can you find the {bare} of my {person}?",
         ),
         "shop": (
             "{brand} {bare}",
@@ -62,6 +69,9 @@ FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "{colour} {bare}, new, low price",
             "{adjective} {bare} size M",
             "NEW {bare} {colour}!!",
+            "{bare} for {people} {quality}",
+            "{bare}, {brand}, {colour}",
+            "{people} {adjective} {bare}",
         ),
         "wordy": (
             "{adjective} {quality} {bare} in {colour}",
@@ -69,6 +79,9 @@ FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "{colour} {material} {bare} for {people}",
             "a {adjective} {material} {bare}, not too {contrary}",
             "{quality} {bare}, {adjective}, {colour} {material}",
+            "{bare} in {colour} {material}",
+            "{material} {bare}, {quality} and {adjective}",
+            "the most {quality} {bare} of all, {colour}",
         ),
         "spell": (
             "{thing}, masterpiece",
@@ -77,6 +90,8 @@ FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "{bare}, bright studio light, perfect",
             "{thing}, best quality, bright",
             "dreamy soft photo of {thing}",
+            "amazing {bare}, bright light",
+            "{thing}, perfect, soft glow",
         ),
     },
     "eval": {
@@ -163,11 +178,10 @@ def wishes(split: str, number: int, seed: int, count: Callable[[str], int]) -> l
     raise RuntimeError(f"the frames hold fewer than {number} prompts; add some to FRAMES")
 
 
-def rewrite(prompt: str, thing: str, kind: int, rng: random.Random, count: Callable[[str], int]) -> str:
-    """A caption of it: the user's own name for the thing, or (one in three) another that the painter knows; any look, or none."""
+def rewrite(prompt: str, thing: str, rng: random.Random, count: Callable[[str], int]) -> str:
+    """A caption of it: the user's own name for the thing, for what it is called is theirs to say; any look, or none."""
     while True:  # until it is short enough, and nothing that `shared.rewriting` would call useless
-        name = rng.choice(captions.WORDINGS[kind]) if rng.random() < 1 / 3 else thing
-        plain = f"a {rng.choice(MEDIA)} of {name}{rng.choice(WHERE)}"
+        plain = f"a {rng.choice(MEDIA)} of {thing}{rng.choice(WHERE)}"
         text = policy_looks.told(rng.choice([None, *policy_looks.LOOKS]), plain, rng)
         if count(text) <= ROOM and fault(prompt, text) is None:
             return text
@@ -187,9 +201,7 @@ def make(folder: Path = FOLDER) -> None:
     more = [row for row in wishes("train", sum(PAIRS.values()) * 2, 1, count) if row["prompt"] not in taken]
     rng = random.Random(2)
     rng.shuffle(more)
-    pairs = [
-        {"prompt": p, "rewrite": rewrite(p, t, k, rng, count)} for p, t, k in ((r["prompt"], r["thing"], r["class"]) for r in more)
-    ]
+    pairs = [{"prompt": row["prompt"], "rewrite": rewrite(row["prompt"], row["thing"], rng, count)} for row in more]
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in prompts.items():
         kept = ("prompt", "class", "class_name", "form")
