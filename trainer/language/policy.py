@@ -4,15 +4,13 @@
 scores tokens; here is what is loaded, what is trained and what is saved.
 """
 
-import contextlib
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,8 +24,7 @@ from trainer.language.chat import Chat, PromptTooLong, clean, read_instruction, 
 from trainer.language.network import Network
 from trainer.language.types import Completions
 from trainer.policies.products import by_onednn
-from trainer.policies.texts import fingerprint
-from trainer.sharding import wearing
+from trainer.policies.trained import Trained
 
 __all__ = ["LoraOptions", "PromptTooLong", "RewriterOptions", "RewriterPolicy", "TransformersEngine"]
 
@@ -61,7 +58,7 @@ class RewriterOptions(BaseModel):
     onednn: bool = Field(default=True, description="on a CPU: products with float32 weights by oneDNN instead of MKL")
 
 
-class RewriterPolicy:
+class RewriterPolicy(Trained):
     """A `LanguagePolicy`. `tokenizer` and `model` are transformers' own, `end_ids` the tokens that end a turn, `folder` where the base model's
     files are (or its hub id), `dtype` what it is computed in."""
 
@@ -74,17 +71,7 @@ class RewriterPolicy:
         self.end_ids = _ends(model, tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.end_ids[0])
-        model.requires_grad_(False)
-        self._fingerprint = fingerprint(model)
-        if options.lora is None:
-            model.float().requires_grad_(True)
-        else:
-            self._add_adapter(options.lora, seed)
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()
-        # what the policy was: all weights, or the adapter it starts from; a fresh adapter is switched off instead
-        keeps = options.lora is None or options.lora.start is not None
-        self._initial = {k: p.detach().cpu().clone() for k, p in self.trainable().items()} if keeps else None
+        self._prepare(model, options.lora, seed)
         model.to(self.device).eval()
         if options.gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
@@ -156,37 +143,17 @@ class RewriterPolicy:
         under the present weights, with gradient where grad is on; both 0 where masked. Rows of one prompt together cost it once."""
         return self.network.logp(completions.prompt_ids, completions.ids_BT, completions.mask_BT, completions.temperature)
 
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """What the optimiser may change, by name."""
-        return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy is what it was before training."""
-        if self._initial is None:
-            self.model.disable_adapters()
-            try:
-                yield
-            finally:
-                self.model.enable_adapters()
-            return
-        with wearing(self.trainable(), self._initial):
-            yield
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and a sample of values of the base weights (and of `lora.start`)."""
-        return self._fingerprint
-
     def save(self, folder: Path, quiet: bool = False) -> None:
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); without LoRA model and tokenizer as transformers saves them.
 
-        `quiet` shows no progress.
+        `quiet` writes nothing.
         """
+        if quiet:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if self.options.lora is None:
             shows = transformers_logging.is_progress_bar_enabled()
-            if quiet:
-                transformers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()  # one for each synchronisation of an engine says nothing
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             if shows:
@@ -234,29 +201,20 @@ class RewriterPolicy:
                 )
         return [known[prompt] for prompt in prompts]
 
-    def _add_adapter(self, lora: LoraOptions, seed: int) -> None:
+    def _add_adapter(self, lora: LoraOptions) -> None:
         names = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)]
         for target in () if lora.targets == "all-linear" else lora.targets:
             if not any(n == target or n.endswith(f".{target}") for n in names):
                 known = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
                 raise ConfigError(f"lora.targets: no linear layer of this model ends in {target!r}; there are: {known}")
         targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model.add_adapter(
-                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0)
-            )
-        if lora.start is None:
-            return
-        weights = self._read_adapter(lora.start, lora)
-        set_peft_model_state_dict(self.model, weights)
-        digest = hashlib.sha256(self._fingerprint.encode())
-        for name, tensor in sorted(weights.items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        self._fingerprint = digest.hexdigest()
+        self.model.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0)
+        )
 
-    def _read_adapter(self, folder: Path, lora: LoraOptions) -> dict[str, Tensor]:
+    def _read_adapter(self, lora: LoraOptions) -> dict[str, Tensor]:
         """The tensors of a PEFT folder, scaled for this adapter's alpha and rank."""
+        folder = Path(str(lora.start))
         try:
             about = json.loads((folder / "adapter_config.json").read_text())
             theirs = {k.removeprefix(_PREFIX): v.float() for k, v in load_file(folder / "adapter_model.safetensors").items()}

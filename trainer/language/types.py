@@ -93,7 +93,8 @@ class LanguagePolicy(Protocol):
         """SHA-256 over names, shapes and a sample of the base weights."""
 
     def save(self, folder: Path, quiet: bool = False) -> None:
-        """A PEFT adapter folder, which transformers, peft and vLLM read; the whole model in transformers' format without LoRA."""
+        """A PEFT adapter folder, which transformers, peft and vLLM read; the whole model in transformers' format without LoRA.
+        `quiet` writes nothing."""
 
 
 class Engine(Protocol):

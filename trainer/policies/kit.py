@@ -5,10 +5,9 @@ called (`velocity`). Latents are (B, C, H, W) float32 outside; packing happens i
 """
 
 import contextlib
-import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,8 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trainer.config import ConfigError
 from trainer.policies.products import by_onednn
-from trainer.policies.texts import Row, Texts, fingerprint
-from trainer.sharding import wearing, whole
+from trainer.policies.texts import Row, Texts
+from trainer.policies.trained import Trained
+from trainer.sharding import whole
 from trainer.types import Condition
 
 FAMILIES = {
@@ -72,8 +72,8 @@ class PolicyOptions(BaseModel):
     vae_tiling: bool = Field(default=False, description="decode in overlapping tiles: less memory, seams that detectors may see")
 
 
-class Policy:
-    """encode, velocity, decode; trained weights are float32 whatever the network runs in."""
+class Policy(Trained):
+    """encode, velocity, decode."""
 
     Options: ClassVar[type[PolicyOptions]]
     Pipeline: ClassVar[type[DiffusionPipeline]]
@@ -86,7 +86,6 @@ class Policy:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self.options, self.pipeline = options, pipeline
         self.transformer = pipeline.transformer
-        self.transformer.requires_grad_(False)
         self.texts = Texts(
             lambda text: self._text(text),
             [module for name in self.encoders if (module := getattr(pipeline, name)) is not None],
@@ -101,16 +100,7 @@ class Policy:
         pipeline.vae.requires_grad_(False).eval().to(self.device).float()
         if options.vae_tiling:
             pipeline.vae.enable_tiling()
-        self._fingerprint = fingerprint(self.transformer)
-        if options.lora is None:
-            self.transformer.float().requires_grad_(True)
-        else:
-            self._add_adapter(options.lora, seed)
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()
-        # what the policy was: all weights, or the adapter it starts from; a fresh adapter is switched off instead
-        keeps = options.lora is None or options.lora.start is not None
-        self._initial = {k: p.detach().cpu().clone() for k, p in self.trainable().items()} if keeps else None
+        self._prepare(self.transformer, options.lora, seed)
         self.transformer.to(self.device).eval()
         if options.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -264,27 +254,6 @@ class Policy:
             raise ConfigError(f"this policy has positions for {largest} pixels along a side, not for {height}x{width}")
         return self.channels, height // self.scale, width // self.scale
 
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """What the optimiser may change, by name."""
-        return {k: p for k, p in self.transformer.named_parameters() if p.requires_grad}
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy is what it was before training."""
-        if self._initial is None:
-            self.transformer.disable_adapters()
-            try:
-                yield
-            finally:
-                self.transformer.enable_adapters()
-            return
-        with wearing(self.trainable(), self._initial):
-            yield
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and a sample of values of the base weights (and of `lora.start`): policies differ in it."""
-        return self._fingerprint
-
     def save_adapter(self, folder: Path, quiet: bool = False) -> None:
         """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights reads; the whole transformer without LoRA.
 
@@ -308,23 +277,14 @@ class Policy:
             transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
         )
 
-    def _add_adapter(self, lora: LoraOptions, seed: int) -> None:
+    def _add_adapter(self, lora: LoraOptions) -> None:
         names = [name for name, _ in self.transformer.named_modules()]
         for target in lora.targets:
             if target not in type(lora)().targets and not any(n == target or n.endswith(f".{target}") for n in names):
                 raise ConfigError(f"policy.lora.targets: no layer of this transformer ends in {target!r}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.transformer.add_adapter(
-                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=list(lora.targets))
-            )
-        if lora.start is not None:
-            weights = self._read_adapter(lora)
-            set_peft_model_state_dict(self.transformer, weights)
-            digest = hashlib.sha256(self._fingerprint.encode())
-            for name, tensor in sorted(weights.items()):
-                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+        self.transformer.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=list(lora.targets))
+        )
 
     def _read_adapter(self, lora: LoraOptions) -> dict[str, Tensor]:
         """The tensors of `lora.start` (any format diffusers reads), scaled for this adapter's alpha and rank."""

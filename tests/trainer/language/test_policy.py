@@ -294,7 +294,7 @@ def test_peft_and_transformers_read_what_is_saved(policy: RewriterPolicy, folder
 
     full = moved(tiny.policy(folder, lora=None))
     found = drawn(full)
-    full.save(tmp_path / "full", quiet=True)
+    full.save(tmp_path / "full")
     assert drawn(tiny.policy(tmp_path / "full")).texts == found.texts
     assert full.fingerprint() == policy.fingerprint() != tiny.policy(tmp_path / "full").fingerprint()
 

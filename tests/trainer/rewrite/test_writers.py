@@ -37,7 +37,7 @@ def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in policy.trainable().items():
         parameter.data += (0.3 if "lora_B" in name else 0.0) * torch.randn(parameter.shape, generator=generator)
     out = tmp_path_factory.mktemp("adapter")
-    policy.save(out, quiet=True)
+    policy.save(out)
     return out
 
 
