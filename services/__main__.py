@@ -196,7 +196,7 @@ def _local(arguments: argparse.Namespace, items: list[ScoreItem], names: list[st
     if unknown:
         raise ValueError(f"unknown reward {unknown[0]!r}; {arguments.config} has: {', '.join(config.rewards)}")
     parts = {p for n in names for p in (config.rewards[n].model_extra or {}).get("parts", {})}
-    kept = {n: r for n, r in config.rewards.items() if n in {*names, *parts}}
+    kept = {n: r.model_copy(update={"fit": None}) for n, r in config.rewards.items() if n in {*names, *parts}}  # as configured
     _threads(config)
     with Console(stderr=True).status("loading " + ", ".join(kept)):
         config = config.model_copy(update={"rewards": kept, "rewriter": None, "default": names, "keys": {}})

@@ -1,4 +1,4 @@
-"""Operations on their own listener: other weights, drain. Never on the port that callers know.
+"""Operations on their own listener: other weights, refits, drain. Never on the port that callers know.
 
     admin: {port: 8900, env: VERISM_ADMIN_KEY}
 
@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import importlib
 import time
 from typing import Any
 
@@ -60,6 +61,10 @@ def create_admin(state: State, keys: dict[str, KeyOptions]) -> FastAPI:
         """Load beside the live model, warm up, swap between two batches. A failure leaves the live one as it is."""
         served = plain(name)
         assert served.lane is not None
+        if served.room is not None:
+            raise Invalid(
+                f"{name} is refitted here: its versions come from `fit` and `rollback`; serve other weights under another name"
+            )
         if loading.locked():
             raise NotReady("other weights are being loaded; try again when they are in place", retry_after_ms=1000)
         async with loading:
@@ -82,6 +87,9 @@ def create_admin(state: State, keys: dict[str, KeyOptions]) -> FastAPI:
                 "weights_sha256": work.info.weights_sha256,
                 "seconds": round(time.monotonic() - began, 3),
             }
+
+    if any(served.room is not None for served in state.rewards.values()):
+        app.include_router(importlib.import_module("services.fitting.http").router(state))
 
     @app.post("/admin/drain")
     async def drain() -> dict[str, str]:

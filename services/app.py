@@ -7,6 +7,7 @@ HTTP; this file never sees torch.
 import asyncio
 import contextlib
 import functools
+import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -62,6 +63,7 @@ class Served:
     composition: Any = None
     lane: Lane[Item, Score] | None = None
     cache: Cache | None = None
+    room: Any = None  # services.fitting.room.Room, of one that is refitted while it serves
 
     @property
     def reward(self) -> Any:
@@ -113,6 +115,7 @@ class State:
     async def drain(self) -> None:
         """Readiness off, accepted work finishes."""
         self.draining = True
+        await asyncio.gather(*(one.room.close() for one in self.rewards.values() if one.room is not None))
         await asyncio.gather(*(lane.drain(self.config.drain_s) for lane in self.all_lanes))
 
 
@@ -124,11 +127,22 @@ def load_reward(name: str, options: Mapping[str, Any], use: str, device: str) ->
         raise ValueError(f"reward {name!r}: {error}") from error
 
 
+def load_fitted(name: str, options: RewardConfig, metrics: Metrics, device: str) -> tuple[Any, Any]:
+    """A reward, and, where it is refitted, its room: the reward then is the version that was served last."""
+    if options.fit is None:
+        return load_reward(name, options.options(), options.use, device), None
+    rooms = importlib.import_module("services.fitting.room")  # and with it torch, which other rewards may do without
+    rooms.check(name, options.use, resolve(options.use), options.fit)
+    reward = load_reward(name, options.options(), options.use, device)
+    room = rooms.Room(name, reward, options.use, options.fit, device, metrics)
+    return room.reward, room
+
+
 def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bool) -> dict[str, Served]:
     """Build every reward; `tuned`: warm it up, and find its largest batch and its threads."""
     served: dict[str, Served] = {}
     for name, options in config.rewards.items():
-        reward = load_reward(name, options.options(), options.use, device)
+        reward, room = load_fitted(name, options, metrics, device)
         if hasattr(reward, "compose"):
             served[name] = Served(options, composition=reward)
         else:
@@ -136,6 +150,7 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bo
                 options,
                 lane=_lane(name, reward, options, metrics, device, tuned),
                 cache=Cache(options.cache_items if getattr(reward, "repeatable", True) else 0),
+                room=room,
             )
         metrics.version.labels(name).set(reward.info.version)
     if tuned and device == "cpu" and config.threads is None:
@@ -147,6 +162,8 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bo
         missing = [p for p in one.parts if p not in served or served[p].lane is None]
         if missing:
             raise ValueError(f"reward {name!r} is made of {missing[0]!r}, which is not a plain reward of this service")
+        if one.room is not None:
+            one.room.attach(one.lane, lambda: [other.lane for other in served.values() if other.lane is not None])
     return served
 
 
@@ -278,8 +295,8 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
             told = await lane.ask([good[i][0] for i in indices], asked.priority, deadline)
             telemetry.record("queue", told.asked, told.begun, reward=name)
             telemetry.record("forward", told.begun, told.done, reward=name, items=len(indices))
-            if told.work.info.version != info.version:
-                raise _Swapped
+            if (told.work.info.version, told.work.info.weights_sha256) != (info.version, info.weights_sha256):
+                raise _Swapped  # after a rollback another version may have the same number
             return told.answers
 
         while True:

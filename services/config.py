@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.auth import KeyOptions, Scope
+from services.fitting.options import FitOptions, OptimOptions, ReplayOptions
 from shared.image import MAX_PIXELS, MAX_REQUEST_PIXELS
 from shared.rewriting import INSTRUCTION
 
@@ -49,6 +50,7 @@ class RewardConfig(BaseModel):
         ge=0,
         description="scores kept, so that the same picture is not scored twice; 0 for none, and none of rewards that sample",
     )
+    fit: FitOptions | None = Field(default=None, description="refit it while it serves (docs/refitting.md)")
 
     def options(self) -> dict[str, Any]:
         return {k: _resolved(v) if k in PATHS else v for k, v in (self.model_extra or {}).items()}
@@ -155,6 +157,18 @@ class ServiceConfig(BaseModel):
             raise ValueError("there is nothing to serve: name `rewards`, or a `rewriter`")
         return self
 
+    @model_validator(mode="after")
+    def _refits_are_asked_for(self) -> Self:
+        fitted = {name: one.fit.place(name).absolute() for name, one in self.rewards.items() if one.fit is not None}
+        if fitted and self.admin is None:
+            raise ValueError(
+                f"rewards.{next(iter(fitted))}.fit: refits are asked for on the admin listener; add "
+                "`admin: {port: 8900, env: VERISM_ADMIN_KEY}`"
+            )
+        if len(set(fitted.values())) < len(fitted):
+            raise ValueError("fit.folder: two rewards name one folder; give each its own")
+        return self
+
     @property
     def caches(self) -> bool:
         """Whether any reward keeps scores."""
@@ -193,6 +207,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     where = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
         known = RewriterConfig.model_fields if first["loc"][0] == "rewriter" and len(first["loc"]) > 1 else model.model_fields
+        if "fit" in first["loc"][:-1]:
+            inner: dict[str, type[BaseModel]] = {"optim": OptimOptions, "replay": ReplayOptions}
+            known = inner.get(str(first["loc"][-2]), FitOptions).model_fields
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     return f"{where or 'file'}: {first['msg']}"

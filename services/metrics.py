@@ -60,6 +60,23 @@ class Metrics:
         self.bisected = Counter(p + "bisect", "batches split to find a failing item", ["reward"], registry=r)
         self.oom = Counter(p + "oom", "batches that did not fit into memory", ["reward"], registry=r)
         self.version = Gauge(p + "weights_version", "version of the weights", ["reward"], registry=r)
+        fit = p + "fit_"
+        self.fit_running = Gauge(fit + "running", "1 while a refit runs", ["reward"], registry=r)
+        self.fit_round = Gauge(fit + "round", "pass over the pictures that the last refit came to", ["reward"], registry=r)
+        self.fit_steps = Counter(fit + "steps", "optimiser steps", ["reward"], registry=r)
+        self.fit_loss = Gauge(fit + "loss", "of the last step, by part", ["reward", "part"], registry=r)
+        self.fit_accuracy = Gauge(
+            fit + "accuracy",
+            "on pictures that a refit did not learn from, of the served version and its own",
+            ["reward", "of"],
+            registry=r,
+        )
+        self.fit_outcomes = Counter(fit + "outcomes", "refits by how they ended", ["reward", "outcome"], registry=r)
+        self.fit_seconds = Histogram(
+            fit + "seconds", "whole refits", ["reward"], buckets=(1, 3, 10, 30, 100, 300, 1000, 3000), registry=r
+        )
+        self.fit_replay = Gauge(fit + "replay_pairs", "past pairs that a refit learns from again", ["reward"], registry=r)
+        self.fit_waiting = Gauge(fit + "waiting_pictures", "pictures that the next refit will see", ["reward", "side"], registry=r)
         self.score = Histogram(p + "score", "scores, for drift", ["reward"], buckets=[i / 20 for i in range(-20, 21)], registry=r)
 
     def watch(self, lane: Lane[Item, Score]) -> None:
