@@ -1,11 +1,9 @@
 """The arena: consistent wins, ties, missing pairs, a file that is gone on with, and a remote judge that speaks OpenAI's chat."""
 
 import base64
-import http.server
 import io
 import json
 import math
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from services.arena import Arena, asked, main, matches, standing
 from services.reward import Item, Pair
 from shared.schema import RewardInfo, Score
 from shared.verdicts import consistent
-from tests.answering import Answering
+from tests.answering import Answering, serving
 
 
 class Bright:
@@ -165,12 +163,8 @@ class Remote(Answering):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Remote) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Remote) as url:
+        yield url
 
 
 def test_a_remote_judge_with_a_key(

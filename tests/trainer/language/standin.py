@@ -6,7 +6,7 @@ It can be bad in all the ways that the engine has to notice.
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from tests.answering import Answering
 from trainer.language.inside_vllm.verism_weights import file_digest
 from trainer.language.policy import RewriterPolicy
 
@@ -113,7 +114,7 @@ class StandIn(ThreadingHTTPServer):
         )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     protocol_version = "HTTP/1.1"
     server: StandIn
 
@@ -136,11 +137,4 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/completions" and "hangs" in faults:
             self.server.release.wait(20)
         status, answer = self.server.answer(self.path, told)
-        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self._send(status, (answer if isinstance(answer, str) else json.dumps(answer)).encode())

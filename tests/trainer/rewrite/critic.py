@@ -1,17 +1,15 @@
 """A reward service that a test plays, with real HTTP and the real wire format: `brightness`, `alignment` (how near the mean grey is to what
 the prompt's length asks for) and `critic`, whose `text` is what the test wants it to say."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 import msgspec
 
 from shared import wire
-from tests.answering import Answering
+from tests.answering import Answering, serving
 
 
 @dataclass
@@ -51,20 +49,7 @@ def serve() -> Iterator[Critic]:
             items = [{"id": one["id"], "scores": {name: critic.score(one, name) for name in names}} for one in asked["items"]]
             rewards = {name: {"version": 1, "preprocessing": "none"} for name in names}
             body = msgspec.msgpack.encode({"request_id": asked["request_id"], "rewards": rewards, "items": items})
-            self.send_response(200)
-            self.send_header("content-type", wire.MSGPACK)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self._send(200, body, wire.MSGPACK)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    critic.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as critic.url:
         yield critic
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -1,16 +1,15 @@
 """A reward service whose faults a test chooses: real HTTP and the real wire format. `brightness` is the pixels' mean, `darkness` the rest."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 
 from shared import wire
+from tests.answering import Answering, serving
 
 
 @dataclass
@@ -46,22 +45,11 @@ def serve(fault: str = "") -> Iterator[Service]:
     """A service on a free port while inside."""
     service = Service(fault)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
-
-        def _answer(self, status: int, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
         def do_GET(self) -> None:
-            info = {"rewards": [{"name": name, "range": [0, 1]} for name in ("brightness", "darkness")]}
-            self._answer(200, "application/json", json.dumps(info).encode())
+            self._reply(200, {"rewards": [{"name": name, "range": [0, 1]} for name in ("brightness", "darkness")]})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
@@ -69,7 +57,7 @@ def serve(fault: str = "") -> Iterator[Service]:
             service.requests.append(len(request["items"]))
             if service.fault == "down":
                 problem = {"type": "urn:verism:broken", "title": "down for the test", "retryable": False}
-                return self._answer(503, "application/problem+json", json.dumps(problem).encode())
+                return self._send(503, json.dumps(problem).encode(), "application/problem+json")
             if service.fault == "slow":
                 time.sleep(1.5)
             service.pictures += len(request["items"])
@@ -78,20 +66,11 @@ def serve(fault: str = "") -> Iterator[Service]:
                 "rewards": {name: {"version": 1, "preprocessing": "none"} for name in request["rewards"]},
                 "items": _scores(request["items"], request["rewards"], service.fault),
             }
-            self._answer(200, wire.MSGPACK, msgspec.msgpack.encode(answer))
+            self._send(200, msgspec.msgpack.encode(answer), wire.MSGPACK)
             return None
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    service.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as service.url:
         yield service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def recipe(url: str, **changes: object) -> dict[str, object]:
