@@ -38,3 +38,12 @@ def zeroed(folder: Path) -> None:
     """As it was before training."""
     file = folder / "adapter_model.safetensors"
     save_file({name: value * ("lora_A" in name) for name, value in load_file(file).items()}, file)
+
+
+# what the engine says of each, with the server's checksum and without
+SAID = [
+    (renamed, ("0 of the adapter's 28 tensors reached", "took it and computes without it")),
+    (half_renamed, ("14 of the adapter's 28 tensors reached", "differ from the policy's by up to")),
+    (rescaled, ("differ from the policy's by up to", "differ from the policy's by up to")),
+    (zeroed, ("took it and computes without it", "took it and computes without it")),
+]
