@@ -737,7 +737,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a recipe: it should be a mapping of keys")
     for override in overrides:
-        _apply(raw, override)
+        apply(raw, override)
     return validate(raw, str(path))
 
 
@@ -751,7 +751,7 @@ def validate(raw: dict[str, Any], source: str) -> RunConfig:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] != "extra_forbidden":
             raise ConfigError(f"{source}: {where}: {first['msg']}".replace(": : ", ": ")) from error
-        known = _fields_at(kind, first["loc"][:-1])
+        known = fields_at(kind, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         hint = (
             f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?" if near else f"known there: {', '.join(known)}"
@@ -768,7 +768,8 @@ def kind_of(raw: Mapping[str, Any]) -> type[RunConfig]:
     return LanguageRunConfig
 
 
-def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+def fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Names that options have where a ValidationError says one is unknown."""
     parts = iter(location)
     for part in parts:
         field = model.model_fields.get(part)
@@ -785,10 +786,11 @@ def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply(raw: dict[str, Any], override: str, such_as: str = "steps=40 or rewards.detector.url=http://localhost:8001") -> None:
+    """Put `a.b=value` into a mapping; ConfigError for what is none."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{override!r} is not key=value, e.g. steps=40 or rewards.detector.url=http://localhost:8001")
+        raise ConfigError(f"{override!r} is not key=value, e.g. {such_as}")
     *path, last = key.split(".")
     target = raw
     for part in path:
@@ -800,6 +802,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} cannot be read: {error}") from error
     target[last] = value
+
+
+_apply = apply  # its name until now
 
 
 def dump(config: RunConfig) -> str:

@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from trainer import checkpoint
-from trainer.config import ConfigError, Frozen, Stopped
+from trainer.config import ConfigError, Frozen, Stopped, apply, fields_at
 from trainer.language.data import Pair, read_pairs
 from trainer.language.types import Completions, LanguagePolicy, joined
 from trainer.metrics import Metrics
@@ -352,19 +351,7 @@ def _options(overrides: Sequence[str]) -> tuple[SftOptions, dict[str, Any]]:
     """Options of the training, and of the model (`policy.NAME`); ConfigError names the wrong key and the nearest right one."""
     raw = dict[str, Any]()
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is not key=value, e.g. epochs=2 or policy.lora.rank=8")
-        *path, last = key.split(".")
-        target = raw
-        for part in path:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"{key}: {part!r} is a value, not a section")
-        try:
-            target[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {text!r} cannot be read: {error}") from error
+        apply(raw, override, "epochs=2 or policy.lora.rank=8")
     model = raw.pop("policy", {})
     if not isinstance(model, dict):
         raise ConfigError("give the model with --policy, and its options as policy.NAME=value")
@@ -380,15 +367,9 @@ def _wrong(error: ValidationError, section: str, options: type[BaseModel]) -> Co
     where = ".".join((section, *map(str, first["loc"]))).lstrip(".")
     if first["type"] != "extra_forbidden":
         return ConfigError(f"{where}: {first['msg']}")
-    for part in first["loc"][:-1]:
-        annotation = options.model_fields[str(part)].annotation
-        options = next(
-            kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
-        )
-    near = difflib.get_close_matches(str(first["loc"][-1]), options.model_fields, 1)
-    return ConfigError(
-        f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(options.model_fields)}")
-    )
+    known = fields_at(options, first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+    return ConfigError(f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(known)}"))
 
 
 @contextmanager
