@@ -1,61 +1,23 @@
 """The parent of bench/rewriter.py: contestants, rounds, and what came out."""
 
 import importlib.util
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from bench import process, random_pipeline
+from bench import random_pipeline, rounds
+from bench.process import ROOT
 from bench.rewriter import HERE, TOLERANCE, TRL, VLLM, work_of
+from bench.rounds import Contestant, Rows, Stamp, console, shown, spread
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON_OF_VLLM = ROOT / ".venv-vllm" / "bin" / "python"
-Rows = dict[str, list[dict[str, float]]]
-
-console = Console(stderr=True)
-
-
-class Contestant:
-    """A child process that takes a step when asked."""
-
-    def __init__(self, told: Mapping[str, Any], place: Path) -> None:
-        self.name, self.log = told["way"], place / f"{told['way'].replace(', ', '-')}.log"
-        own = {**os.environ, **process.ENVIRONMENT, "OMP_NUM_THREADS": str(told["threads"]), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "bench.rewriter", "--child", json.dumps({**told, "log": str(place / "vllm.log")})]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": own}
-        with self.log.open("w") as said:
-            self.process = subprocess.Popen(command, stderr=said, **pipes)
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended: {self.log.read_text()[-3000:]}")
-        told: dict[str, Any] = json.loads(line)
-        return told
-
-    def step(self, number: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        process.end([self.process], process.tree([self.process]), 20)
 
 
 def left_out(ways: Sequence[str]) -> dict[str, str]:
@@ -68,14 +30,15 @@ def left_out(ways: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def measure(model: str, ways: Sequence[str], rounds: int, threads: int, place: Path) -> dict[str, Any]:
+def measure(model: str, ways: Sequence[str], count: int, threads: int, place: Path) -> dict[str, Any]:
     """The model, how far Verism and TRL are apart, and a row for each round of each contestant."""
-    texts = random_pipeline.prompts((rounds + 1) * work_of(model).prompts)
-    told = {"model": model, "path": model, "folder": str(place / "model"), "threads": threads, "texts": texts, "steps": rounds + 1}
+    texts = random_pipeline.prompts((count + 1) * work_of(model).prompts)
+    told = {"model": model, "path": model, "folder": str(place / "model"), "log": str(place / "vllm.log")}
+    told |= {"threads": threads, "texts": texts, "steps": count + 1}
     made: list[Contestant] = []
 
     def start(way: str) -> Contestant:
-        made.append(Contestant({**told, "way": way}, place))
+        made.append(Contestant(way, "bench.rewriter", {**told, "way": way}, place / f"{way.replace(', ', '-')}.log"))
         return made[-1]
 
     try:
@@ -86,17 +49,7 @@ def measure(model: str, ways: Sequence[str], rounds: int, threads: int, place: P
             apart = start("agree").answer() if TRL in ways else {}
         if apart and not max(apart["loss"], apart["gradient"]) <= TOLERANCE:
             raise RuntimeError(f"TRL and Verism do not compute the same: {apart}")
-        with console.status(f"{model}: starting {', '.join(ways)}"):
-            running = [start(way) for way in ways]
-            for one in running:
-                one.answer()
-        rows: Rows = {one.name: [] for one in running}
-        for number in track(range(rounds + 1), description="rounds (the first warms up)", console=console):
-            turn = number % len(running)
-            for one in running[turn:] + running[:turn]:
-                row = one.step(number)
-                if number:
-                    rows[one.name].append(row)
+        rows = rounds.run(start, ways, count, model)
         return {"size": size, "apart": apart, "rows": rows}
     finally:
         for one in made:
@@ -111,11 +64,6 @@ def per_token(row: Mapping[str, float], key: str = "step") -> float:
 def ratios(rows: Rows, a: str, b: str, key: str = "step") -> list[float]:
     """a's time per token over b's, round by round."""
     return [per_token(x, key) / max(per_token(y, key), 1e-9) for x, y in zip(rows[a], rows[b], strict=True)]
-
-
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low}-{high})"
 
 
 def summary(rows: Rows) -> dict[str, Any]:
@@ -134,38 +82,23 @@ def summary(rows: Rows) -> dict[str, Any]:
         }
         if TRL in rows:
             for key, what in (("step", "a_step"), ("sample", "rollouts"), ("train", "training"), ("cpu", "cpu")):
-                got = ratios(rows, TRL, name, key)
-                out[name][f"{what}_times_trls_speed"] = [min(got), statistics.median(got), max(got)]
+                out[name][f"{what}_times_trls_speed"] = spread(ratios(rows, TRL, name, key))
     return out
 
 
-def run(model: str, ways: Sequence[str], rounds: int, threads: int, quick: bool) -> int:
+def run(model: str, ways: Sequence[str], count: int, threads: int, quick: bool) -> int:
     """Measure, print tables, write bench/results/rewriter.json (rewriter-quick.json)."""
-    before, began, absent = os.getloadavg()[0], time.monotonic(), left_out(ways)
+    stamp, absent = Stamp(), left_out(ways)
     for way, reason in absent.items():
         print(f"{way} is left out: {reason}", file=sys.stderr)
     taking = [way for way in ways if way not in absent]
     with tempfile.TemporaryDirectory() as place:
-        result = measure(model, taking, rounds, threads, Path(place))
+        result = measure(model, taking, count, threads, Path(place))
     told = summary(result["rows"])
     show(model, result, told)
-    stamp = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": round(before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", *(["trl"] if TRL in taking else []))},
-        "left_out": absent,
-        "rounds": rounds,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
-    out = ROOT / "bench" / "results" / ("rewriter-quick.json" if quick else "rewriter.json")
-    out.parent.mkdir(exist_ok=True)
-    body = {**stamp, "model": model, "work": vars(work_of(model)), **result, "summary": told}
-    out.write_text(json.dumps(body, indent=1) + "\n")
-    print(f"{stamp['minutes']} minutes; load {stamp['load_before']} before, {stamp['load_after']} after; {out.relative_to(ROOT)}")
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", *(["trl"] if TRL in taking else []))}
+    body = {**stamp.told(threads=threads, versions=versions, left_out=absent, rounds=count), "model": model}
+    rounds.keep("rewriter-quick" if quick else "rewriter", {**body, "work": vars(work_of(model)), **result, "summary": told})
     return 0
 
 

@@ -2,60 +2,22 @@
 
 import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from bench import process, random_pipeline
+from bench import process, random_pipeline, rounds
+from bench.rounds import Contestant, Rows, Stamp, console, shown, spread
 from bench.trainer import HERE, LOOP, REWARDS, SLEEP_MS, TOLERANCE, VARIANTS, WORK
 
-ROOT = Path(__file__).resolve().parents[1]
 WANTED = {"cpu": 1.2, "cuda": 1.5}
 WAITING = 0.05
-Rows = dict[str, list[dict[str, float]]]
-
-console = Console(stderr=True)
-
-
-class Contestant:
-    """A child process that takes a step when asked."""
-
-    def __init__(self, told: Mapping[str, Any], log: Path) -> None:
-        self.name, self.log = told["variant"], log
-        environment = {**os.environ, **process.ENVIRONMENT, "OMP_NUM_THREADS": str(told["threads"]), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "bench.trainer", "--child", json.dumps(told)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
-        with log.open("w") as said:
-            self.process = subprocess.Popen(command, stderr=said, **pipes)
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended: {self.log.read_text()[-2000:]}")
-        told: dict[str, Any] = json.loads(line)
-        return told
-
-    def step(self, number: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        process.end([self.process], process.tree([self.process]), 20)
 
 
 @contextlib.contextmanager
@@ -76,16 +38,16 @@ def services(place: Path) -> Iterator[dict[str, str]]:
         process.end(made, process.tree(made), 20)
 
 
-def measure(size: str, variants: Sequence[str], rounds: int, told: dict[str, Any], place: Path) -> dict[str, Any]:
+def measure(size: str, variants: Sequence[str], count: int, told: dict[str, Any], place: Path) -> dict[str, Any]:
     """Parameters, how far the two are apart, and a row for each round of each contestant."""
     told = {**told, "size": size, "folder": str(place / size), "prompts": str(place / f"{size}.jsonl")}
-    count = (rounds + 1) * WORK[size].prompts
-    texts = [json.dumps({"id": n, "prompt": text}) for n, text in enumerate(random_pipeline.prompts(count))]
+    needed = (count + 1) * WORK[size].prompts
+    texts = [json.dumps({"id": n, "prompt": text}) for n, text in enumerate(random_pipeline.prompts(needed))]
     Path(told["prompts"]).write_text("\n".join(texts))
     made: list[Contestant] = []
 
     def start(variant: str) -> Contestant:
-        made.append(Contestant({**told, "variant": variant}, place / f"{size}-{len(made)}.log"))
+        made.append(Contestant(variant, "bench.trainer", {**told, "variant": variant}, place / f"{size}-{len(made)}.log"))
         return made[-1]
 
     try:
@@ -95,17 +57,7 @@ def measure(size: str, variants: Sequence[str], rounds: int, told: dict[str, Any
         worst = max(apart["loss"], apart["gradient"])
         if random_pipeline.SIZES[size].dtype == "float32" and not worst <= TOLERANCE:
             raise RuntimeError(f"{size}: the loop and Verism do not compute the same: {apart}")
-        with console.status(f"{size}: starting {len(variants)} contestants"):
-            ways = [start(variant) for variant in variants]
-            for one in ways:
-                one.answer()
-        rows: Rows = {one.name: [] for one in ways}
-        for number in track(range(rounds + 1), description=f"{size}: rounds (the first warms up)", console=console):
-            turn = number % len(ways)
-            for one in ways[turn:] + ways[:turn]:
-                row = one.step(number)
-                if number:
-                    rows[one.name].append(row)
+        rows = rounds.run(start, variants, count, size)
         return {"parameters": parameters, "apart": apart, "rows": rows}
     finally:
         for one in made:
@@ -115,11 +67,6 @@ def measure(size: str, variants: Sequence[str], rounds: int, told: dict[str, Any
 def ratios(rows: Rows, a: str, b: str, key: str = "step") -> list[float]:
     """a / b, round by round."""
     return [x[key] / y[key] for x, y in zip(rows[a], rows[b], strict=True)]
-
-
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low}-{high})"
 
 
 def summary(size: str, rows: Rows) -> dict[str, Any]:
@@ -139,37 +86,21 @@ def summary(size: str, rows: Rows) -> dict[str, Any]:
         for key, other in (("faster_than_the_loop", LOOP), ("slower_than_verism", HERE)):
             if other in rows:
                 got = ratios(rows, other, name) if other == LOOP else ratios(rows, name, other)
-                out[name][key] = [min(got), statistics.median(got), max(got)]
+                out[name][key] = spread(got)
     return out
 
 
-def run(sizes: Sequence[str], device: str, rounds: int, variants: Sequence[str], threads: int, quick: bool) -> int:
+def run(sizes: Sequence[str], device: str, count: int, variants: Sequence[str], threads: int, quick: bool) -> int:
     """Measure, print tables, write bench/results/trainer.json (trainer-quick.json)."""
-    before, began, results = os.getloadavg()[0], time.monotonic(), dict[str, Any]()
+    stamp, results = Stamp(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as place, services(Path(place)) as urls:
         for size in sizes:
             told = {"device": device, "threads": threads, "urls": urls}
-            got = measure(size, variants, rounds, told, Path(place))
+            got = measure(size, variants, count, told, Path(place))
             results[size] = {**got, "summary": summary(size, got["rows"]), "work": vars(WORK[size])}
             show(size, device, results[size])
-    out = ROOT / "bench" / "results" / ("trainer-quick.json" if quick else "trainer.json")
-    out.parent.mkdir(exist_ok=True)
-    stamp = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "device": device,
-        "load_before": round(before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
-        "rounds": rounds,
-        "sleep_ms": SLEEP_MS,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
-    out.write_text(json.dumps({**stamp, "sizes": results}, indent=1) + "\n")
-    Console().print(
-        f"{stamp['minutes']} minutes; load {stamp['load_before']} before, {stamp['load_after']} after; {out.relative_to(ROOT)}"
-    )
+    about = stamp.told(threads=threads, device=device, rounds=count, sleep_ms=SLEEP_MS)
+    rounds.keep("trainer-quick" if quick else "trainer", {**about, "sizes": results})
     return 0
 
 
