@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from shared.rewriting import messages, takes_system
 from trainer.config import ConfigError
 
 INSTRUCTIONS = Path(__file__).parent / "instructions"
@@ -54,7 +55,7 @@ class Chat:
         added = {token: number for token, number in tokenizer.get_added_vocab().items() if token.strip()}
         self._control = set(added.values()) - {tokenizer.unk_token_id}
         self._words = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True) if len(t) > 1) or "(?!)")
-        self.in_system = bool(instruction) and self._system_shows()
+        self.in_system = bool(instruction) and takes_system(self._template)
         text = self._render(_MARK)
         if text.count(_MARK) != 1:
             raise ConfigError(
@@ -96,27 +97,16 @@ class Chat:
         return [number for number in ids if number in self._control]
 
     def _render(self, prompt: str) -> str:
-        if self.in_system:
-            return self._template([{"role": "system", "content": self.instruction}, {"role": "user", "content": prompt}])
-        said = f"{self.instruction}\n\n{prompt}" if self.instruction else prompt
-        return self._template([{"role": "user", "content": said}])
+        return self._template(messages(self.instruction, prompt, self.in_system))
 
-    def _template(self, messages: list[dict[str, str]]) -> str:
+    def _template(self, chat: Sequence[dict[str, str]]) -> str:
         try:
             out: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+                list(chat), tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"the chat template of {self.tokenizer.name_or_path} cannot be filled in: {error}") from error
         return out
-
-    def _system_shows(self) -> bool:
-        """Whether the template has a place for a system message: some refuse it, some leave it out."""
-        self.in_system = True
-        try:
-            return self.instruction in self._render(_MARK)
-        except ConfigError:
-            return False
 
 
 def clean(prompt: str) -> str:
