@@ -1,6 +1,5 @@
 """Weights in a folder on their way to a vLLM server, and whether that holds them; inside_vllm/verism_weights.py is the other side."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from trainer.language.inside_vllm.verism_weights import digest, file_digest
 from trainer.language.remote import HELP, Away, Remote, VllmError
 
 CHOSEN = 8  # parameters of a whole model that are compared
@@ -27,9 +27,7 @@ class Adapter:
         self.folder, told = folder, json.loads((folder / "adapter_config.json").read_text())
         scale = told["lora_alpha"] / (math.sqrt(told["r"]) if told.get("use_rslora") else told["r"])
         file = folder / "adapter_model.safetensors"
-        with file.open("rb") as stream:
-            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.squares = [0.0, 0.0]
+        self.sha256, self.squares = file_digest(file), [0.0, 0.0]
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             for name in names:
@@ -96,8 +94,3 @@ class Whole:
         """Away, where the server was started again since this model was loaded."""
         if any(told != [name] for told in remote.workers("verism_tag")):
             raise Away("the server was started again meanwhile, with other weights")
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of the values as float32."""
-    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
