@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from PIL import Image
 
 from services.engines.base import Chat, Echo, Failure, First, Generated, Picture, Sampling, continued, picture_id, too_long
 from services.engines.options import EngineOptions, digest, reserved
-from shared.vllm_server import Server
+from shared.vllm_server import Server, free_port
 
 A = TypeVar("A")
 log = logging.getLogger("verism.vllm")
@@ -61,7 +60,7 @@ class VllmEngine:
             self.name, self.weights_sha256 = options.model or folder.name, digest(folder)
             key = secrets.token_urlsafe(24)
             headers["authorization"] = f"Bearer {key}"
-            port = options.vllm.port or _free_port()
+            port = options.vllm.port or free_port()
             base = f"http://127.0.0.1:{port}"
             arguments, environment = command(options, str(folder), self.name, port, device)
             wanted = {**environment, "VLLM_API_KEY": key, **options.vllm.environment}
@@ -420,12 +419,6 @@ def command(options: EngineOptions, folder: str, name: str, port: int, device: s
     elif own.memory is not None:
         arguments += ["--gpu-memory-utilization", f"{own.memory:g}"]
     return [*arguments, *own.extra], environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _failure(answer: httpx.Response, engine: VllmEngine) -> Failure:

@@ -6,7 +6,6 @@ Then the engine is told its `url`, and the key in the variable that `key_env` na
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -98,12 +97,6 @@ def command(
     elif options.memory is not None:
         arguments += ["--gpu-memory-utilization", f"{options.memory:g}"]
     return [*arguments, *options.extra], environment | options.environment
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.vllm_server import Server
+from shared.vllm_server import Server, free_port
 from trainer.language.policy import RewriterPolicy
 from trainer.language.remote import HELP, Away, NotThere, Remote, ServerGone, VllmError
-from trainer.language.serving import LOOPBACK, VllmOptions, command, free_port
+from trainer.language.serving import LOOPBACK, VllmOptions, command
 from trainer.language.synced import Adapter, SyncFailed, Whole
 from trainer.language.types import Completions
 
