@@ -149,7 +149,7 @@ class TokenLearner:
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Put back what `state` gave; CheckpointError for another model."""
         self.adopt(tensors, values)
-        checkpoint.unflatten(self.optimizer, self.weights, under("optim", tensors))
+        checkpoint.unflatten(self.optimizer, self.weights, checkpoint.Saved(tensors, values).under("optim"))
         self.updates, self.bad_updates = values["updates"], values["bad_updates"]
 
     @torch.no_grad()
@@ -160,7 +160,8 @@ class TokenLearner:
                 f"the checkpoint's rewriter was trained on another model: its base weights are {values['fingerprint'][:12]}, those of "
                 f"language.policy.path are {self.policy.fingerprint()[:12]}. Point it at the model it belongs to, or take another --run-dir."
             )
-        weights, average = under("weights", tensors), under("ema", tensors)
+        saved = checkpoint.Saved(tensors, values)
+        weights, average = saved.under("weights"), saved.under("ema")
         checkpoint.check_shapes(self.weights, weights)
         for name, parameter in self.weights.items():
             parameter.copy_(weights[name].to(parameter.device))
@@ -181,8 +182,3 @@ def chosen(completions: Completions, rows: Tensor) -> Completions:
         logp_BT=completions.logp_BT[rows],
         ended_B=completions.ended_B[rows],
     )
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below `prefix/`, without it."""
-    return {k.removeprefix(f"{prefix}/"): v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
