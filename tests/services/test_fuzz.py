@@ -7,7 +7,6 @@ import random
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import msgspec
@@ -25,22 +24,10 @@ from services.app import create_app
 from services.config import ServiceConfig
 from shared import wire
 from shared.image import encode
+from tests.services.undying import undying
 
 CONFIG = {"device": "cpu", "rewards": {"jpeg_size": {"use": "jpeg_size", "batch_cap": 16}}, "max_body_bytes": 300_000}
-service = create_app(ServiceConfig.model_validate(CONFIG))
-
-
-async def app(scope: Any, receive: Any, send: Any) -> None:
-    """The service, which does not shut down when one of many clients of these tests does."""
-    if scope["type"] != "lifespan":
-        await service(scope, receive, send)
-        return
-    while (message := await receive())["type"] != "lifespan.shutdown":
-        await send({"type": message["type"] + ".complete"})
-    await send({"type": "lifespan.shutdown.complete"})
-
-
-schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+schema = schemathesis.openapi.from_asgi("/openapi.json", undying(create_app(ServiceConfig.model_validate(CONFIG))))
 PIXELS = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
 
 

@@ -22,6 +22,7 @@ from services.app import create_app
 from services.config import ServiceConfig, load
 from services.engines.language import Drawn, LanguageModel, Question, merge
 from shared.rewriting import INSTRUCTION, messages
+from tests.services.undying import undying
 from tests.trainer.language import tiny
 from trainer.language.chat import Chat, read_instruction
 from trainer.language.types import Completions
@@ -423,17 +424,7 @@ def test_what_cannot_be_loaded_is_said(folder: Path, tmp_path: Path) -> None:
 
 def test_the_document_tells_the_truth(folder: Path) -> None:
     service = create_app(config(folder))  # of its own: a lane lives on one event loop
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        """The service, which does not shut down when one of many clients does."""
-        if scope["type"] != "lifespan":
-            await service(scope, receive, send)
-            return
-        while (message := await receive())["type"] != "lifespan.shutdown":
-            await send({"type": message["type"] + ".complete"})
-        await send({"type": "lifespan.shutdown.complete"})
-
-    document = schemathesis.openapi.from_asgi("/openapi.json", app)
+    document = schemathesis.openapi.from_asgi("/openapi.json", undying(service))
 
     @settings(max_examples=15, deadline=None, phases=[Phase.generate])
     @given(case=document["/rewrite"]["POST"].as_strategy())
