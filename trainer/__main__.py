@@ -38,6 +38,7 @@ start the services first (`make serve`), then:
   verism-train world rewards.detector.url=http://gpu3:8001  a service somewhere else
   verism-train world --resume                               go on after Ctrl-C, a crash or an alarm
   verism-train my.yaml --dry-run                            what it will cost; no service has to be there
+  verism-train world --watch                                a live page of the run; verism-watch runs shows all of them
   verism-train realgen_llm_small                            a language model that rewrites prompts; dual_grpo_small trains both
   verism-train export runs/world --format diffusers --out F the adapter for others' tools
   verism-train sft world/rewrites/pairs_train.jsonl         a cold start for the language model (verism-train sft --help)
@@ -100,6 +101,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and what it will cost, and stop")
+    parser.add_argument("--watch", action="store_true", help="a live page of the run beside it, for this machine; others: verism-watch")
     args = parser.parse_intermixed_args(told)
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
     return _guarded(console, lambda: _train(args, console))
@@ -278,10 +280,21 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         if done["reason"] == "finished" and checkpoint.steps(folder)[-1] >= config.steps:
             console.print(f"{folder} is finished; best step {done['best_step']}. More: steps=N --resume", soft_wrap=True)
             return 0
-    from trainer import loop, parallel  # torch loads only once the command line is right
-
     if args.dry_run:
         return _dry_run(console, config, folder)
+    if args.watch and first:
+        from trainer.watch.__main__ import beside
+
+        with beside(folder) as told:
+            console.print(told, soft_wrap=True)
+            return _trained(args, config, folder, console)
+    return _trained(args, config, folder, console)
+
+
+def _trained(args: argparse.Namespace, config: RunConfig, folder: Path, console: Console) -> int:
+    from trainer import loop, parallel  # torch loads only once the command line is right
+    from trainer.watch.notes import kept
+
     world = parallel.start(config.parallel.timeout_s, config.device)
     run = loop.run_of(config, folder, args.resume, world=world)
     try:
@@ -291,7 +304,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         )
         with _Stop() as stop, _Screen(console, config, run.done) as screen:
             screen.estimate(_estimate(run))
-            reason = loop.train(run, stop=stop, tell=screen)
+            reason = loop.train(run, stop=stop, tell=screen if run.quiet else kept(folder, screen))
     finally:
         run.close()
         world.close()
