@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-rewriter bench-serving bench-trainer soak kill-test world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-rewriter bench-serving bench-trainer bench-two-policies soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -39,6 +39,9 @@ bench-judges: setup ## judges over HTTP against a plain loop and vLLM's own batc
 
 bench-rewriter: setup ## rollouts and training steps of a rewriter against TRL's GRPOTrainer; ARGS=--quick takes one minute
 	@$(BIN)/python -m bench rewriter $(ARGS)
+
+bench-two-policies: setup ## a rewriter and a painter: both learn, images alone, language alone; an hour
+	@$(BIN)/python -m bench two-policies $(ARGS)
 
 bench-serving: setup ## Verism against LitServe, FastAPI, Flask, infinity and Ray Serve; ARGS=--quick takes 3 minutes
 	@$(BIN)/python -m bench.peers.environment

@@ -1,5 +1,5 @@
 """Run benchmarks: `make bench`, `python -m bench http --rounds 5`, `python -m bench trainer --quick`, `python -m bench algorithms`,
-`python -m bench rewriter`."""
+`python -m bench rewriter`, `python -m bench two-policies`."""
 
 import argparse
 import sys
@@ -20,6 +20,10 @@ def main() -> int:
         from bench import rewriter
 
         return rewriter.main(sys.argv[2:])
+    if sys.argv[1:2] == ["two-policies"]:
+        from bench import two_policies
+
+        return two_policies.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "name", nargs="?", choices=["http"], default="http", help="http: the detector through HTTP against a plain loop"

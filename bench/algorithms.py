@@ -175,10 +175,15 @@ def rewards(place: Path) -> Iterator[tuple[str, int]]:
 
 
 def train(job: Job, out: Path, url: str, samples: int, every: int, threads: int) -> int:
-    """`verism-train world` to `job.steps`; its exit status. Wall-clock, CPU and the largest resident set go into costs.jsonl of its folder."""
-    folder = job.folder(out)
+    """`verism-train world` to `job.steps`; its exit status."""
+    return trained("world", job.overrides(url, samples, every), job.folder(out), threads)
+
+
+def trained(recipe: str, overrides: Sequence[str], folder: Path, threads: int) -> int:
+    """`verism-train RECIPE` in `folder`, from where it was; its exit status. Wall-clock, CPU and the largest resident set go into costs.jsonl
+    there, what it says into said.log."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trainer", "world", *job.overrides(url, samples, every), "--resume", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "trainer", recipe, *overrides, "--resume", "--run-dir", str(folder)]
     quiet = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     environment = {**os.environ, **process.ENVIRONMENT, **quiet, "OMP_NUM_THREADS": str(threads)}
     before, began = max(steps_of(folder), 0), time.monotonic()
