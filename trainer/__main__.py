@@ -101,7 +101,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and what it will cost, and stop")
-    parser.add_argument("--watch", action="store_true", help="a live page of the run beside it, for this machine; others: verism-watch")
+    parser.add_argument("--watch", action="store_true", help="a live page of the run, on this machine; see verism-watch")
     args = parser.parse_intermixed_args(told)
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
     return _guarded(console, lambda: _train(args, console))
