@@ -140,10 +140,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         out.append(
             "| no rewriting, painter as it is | 0 |" + " 0 |" * len(names) + _cells([first[f"none/{m}"] for m in MONITORS]) + " | |"
         )
-    for mode, told in rows.items():
-        gains = "".join(f" {told[name][0]:+.2f} ± {told[name][1]:.2f} |" for name in names)
+    for name, told in rows.items():
+        gains = "".join(f" {told[one][0]:+.2f} ± {told[one][1]:.2f} |" for one in names)
         cost = f" {told['cpu_s_step']:.0f} | {told['peak_mb'] / 1024:.1f} GiB |"
-        out.append(f"| {MODES[mode]} | {told['total']:+.2f} |{gains}" + _cells([told[m] for m in MONITORS]) + cost)
+        out.append(f"| {name} | {told['total']:+.2f} |{gains}" + _cells([told[m] for m in MONITORS]) + cost)
     return "\n".join(out)
 
 
@@ -176,7 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     failed = [] if chosen.report else run(chosen, out)
-    rows = {mode: row(out / mode, chosen.steps) for mode in MODES if finished(out / mode, chosen.steps)}
+    rows = {
+        f"{MODES[mode]}, step {line['step']}": row(out / mode, line["step"])
+        for mode in MODES
+        if finished(out / mode, chosen.steps)
+        for line in lines(out / mode)
+        if line["kind"] == "eval" and line["step"] > 0
+    }
     (out / "table.json").write_text(json.dumps({"steps": chosen.steps, "seed": chosen.seed, "rows": rows}, indent=1) + "\n")
     print(table(rows))
     for mode in failed:
