@@ -196,9 +196,12 @@ class RewardClient:
         prompts: Sequence[str | None] | None = None,
         groups: Sequence[str] | None = None,
         rewards: Sequence[str] | None = None,
+        require_version: Mapping[str, int] | None = None,
     ) -> ScoreTable:
         """Scores of B pictures (uint8, (H, W, 3)) by each reward. Never raises for a service's failure: the mask tells.
 
+        A reward in `require_version` answers by that version of its weights; where its service has another, nothing that was asked together
+        with it has a score, and the failure is `wrong-version`.
         Raw pixels are sent from the arrays themselves, which must not change until the answer is there.
         """
         names = tuple(rewards if rewards is not None else self._replicas)
@@ -215,7 +218,8 @@ class RewardClient:
         together: dict[tuple[str, ...], list[str]] = {}  # rewards of one service share a request, and its decoding
         for name in names:
             together.setdefault(tuple(replica.url for replica in self._replicas[name]), []).append(name)
-        answers = await asyncio.gather(*(self._rows(group, items, chunks) for group in together.values()))
+        pinned = require_version or {}
+        answers = await asyncio.gather(*(self._rows(group, items, chunks, pinned) for group in together.values()))
         by_name = {name: row for rows in answers for name, row in rows.items()}
         rows = [by_name[name] for name in names]
         scores = tuple(tuple(row) for row, _ in rows)
@@ -349,11 +353,11 @@ class RewardClient:
         return await self._tried(self._replicas[name], name, len(rows), deadline, ask)
 
     async def _rows(
-        self, names: list[str], items: list[ScoreItem], chunks: list[list[int]]
+        self, names: list[str], items: list[ScoreItem], chunks: list[list[int]], pinned: Mapping[str, int]
     ) -> dict[str, tuple[list[Score], int | None]]:
         """All items by some rewards of one service; all chunks of a reward by one version of its weights."""
         deadline = time.monotonic() + self.timeout_s
-        answers = await asyncio.gather(*(self._chunk(names, [items[i] for i in chunk], deadline) for chunk in chunks))
+        answers = await asyncio.gather(*(self._chunk(names, [items[i] for i in chunk], deadline, pinned) for chunk in chunks))
         out: dict[str, tuple[list[Score], int | None]] = {}
         for name in names:
             by_position = {
@@ -368,9 +372,11 @@ class RewardClient:
                 out[name] = scores, versions.pop() if versions else None
         return out
 
-    async def _chunk(self, names: list[str], items: list[ScoreItem], deadline: float) -> dict[str, tuple[list[Score], int | None]]:
+    async def _chunk(
+        self, names: list[str], items: list[ScoreItem], deadline: float, pinned: Mapping[str, int]
+    ) -> dict[str, tuple[list[Score], int | None]]:
         """One request; items that come back with a retryable error are asked again until the deadline, by the same version of the weights."""
-        told = await self._asked(names, items, deadline)
+        told = await self._asked(names, items, deadline, pinned)
         if isinstance(told, Problem):
             status = "timeout" if told.type.endswith("deadline-exceeded") else "error"
             return {name: ([Score(status=status, error=told)] * len(items), None) for name in names}  # type: ignore[arg-type]
@@ -381,7 +387,7 @@ class RewardClient:
                 break
             await asyncio.sleep(pause)
             rows = sorted({i for several in open_.values() for i in several})
-            more = await self._asked(list(open_), [items[i] for i in rows], deadline)
+            more = await self._asked(list(open_), [items[i] for i in rows], deadline, pinned)
             if isinstance(more, Problem):
                 break
             left: dict[str, list[int]] = {}
@@ -398,7 +404,7 @@ class RewardClient:
         return told
 
     async def _asked(
-        self, names: list[str], items: list[ScoreItem], deadline: float
+        self, names: list[str], items: list[ScoreItem], deadline: float, pinned: Mapping[str, int]
     ) -> dict[str, tuple[list[Score], int | None]] | Problem:
         request_id = uuid.uuid4().hex
 
@@ -408,7 +414,7 @@ class RewardClient:
                 rewards=names,
                 priority=self.priority,
                 deadline_ms=deadline_ms,
-                require_version=None,
+                require_version={name: pinned[name] for name in names if name in pinned} or None,
                 items=items,
             )
             answer: ScoreAnswer = wire.parse_answer(await self._post(replica, "/score", wire.pack_chunks(request)), wire.MSGPACK)

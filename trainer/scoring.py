@@ -55,6 +55,20 @@ class Pending:
         return (self.scores is None or self.scores.done()) and all(future.done() for future in self.compared.values())
 
 
+class Pinned:
+    """A reward client whose rewards answer by these `versions` of their weights, or not at all; the others by whichever they have."""
+
+    def __init__(self, client: RewardClientSync) -> None:
+        self.client, self.versions, self.compare, self.close = client, dict[str, int](), client.compare, client.close
+
+    def submit(
+        self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str | None], groups: Sequence[str], rewards: Sequence[str]
+    ) -> "Future[ScoreTable]":
+        """As the client's."""
+        pinned = {name: self.versions[name] for name in rewards if name in self.versions}
+        return self.client.submit(images, prompts, groups, rewards, pinned)
+
+
 class Scorer:
     """`submit` groups, `collect` them. `signs_R` is -1 where lower is better, `weights_R` is the recipe's.
 
@@ -73,8 +87,18 @@ class Scorer:
         signs = [1.0 if self.infos[name].higher_is_better else -1.0 for name in self.names]
         self.signs_R = torch.tensor(signs, dtype=torch.float64)
         self.weights_R = torch.tensor([r.weight for r in rewards.values()], dtype=torch.float64)
-        self._client = self.patient = Patient(RewardClientSync(urls, timeout_s=timeout_s), outage_s)
+        self._pinned = Pinned(RewardClientSync(urls, timeout_s=timeout_s))
+        self._client = self.patient = Patient(self._pinned, outage_s)
         self._threads = ThreadPoolExecutor(64, "compare") if self._pairwise else None  # each waits for one answer
+
+    def pin(self, versions: Mapping[str, int]) -> None:
+        """From here on these rewards are asked for by version; with another one their service answers 409, and there is no score."""
+        self._pinned.versions = dict(versions)
+
+    def values(self, name: str, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str | None]) -> NDArray[np.float64]:
+        """(B,) of one reward that scores single pictures, as the recipe takes it; NaN where missing. Waits."""
+        scores = self._client.submit(list(images), list(prompts), [""] * len(images), [name]).result()
+        return self._row(name, len(images), scores, {})[0]
 
     def submit(self, images: NDArray[np.uint8], prompts: Sequence[str], groups: Sequence[str]) -> Pending:
         """Start scoring pictures (B, H, W, 3), of one whole group or several, and return at once. Group "" is none: nothing is compared."""
