@@ -235,6 +235,9 @@ FREE = (
 )  # no other task, though other windows and rounding: allowed, and told
 
 
+ELSEWHERE = ("admin", "key_env", "wait_s", "lease_s")  # of a detector that is refitted: where it is, and patience with it
+
+
 def training(config: RunConfig) -> dict[str, Any]:
     """What the numbers of a step depend on, which a resumed run must agree in. Not: URLs, the number of steps, the alarm."""
     plain: dict[str, Any] = config.model_dump(mode="json")
@@ -242,6 +245,11 @@ def training(config: RunConfig) -> dict[str, Any]:
         plain.pop(key, None)
     for reward in plain["rewards"].values():
         reward.pop("url")
+    for adversary in plain["adversary"].values():
+        for key in ELSEWHERE:
+            adversary.pop(key)
+    if plain["references"] is not None:
+        plain["references"].pop("evaluated")
     if "language" in plain:
         plain["language"]["engine"] = {"use": plain["language"]["engine"]["use"]}
         del plain["language"]["shown"], plain["language"]["eval_temperature"]
@@ -284,9 +292,14 @@ def check(saved: Saved, *, fingerprint: str, config: Mapping[str, Any], sigmas_h
 
 def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A saved configuration with today's defaults for the keys that did not exist when it was written."""
-    rewards = {name: {**reward, "url": "-"} for name, reward in config["rewards"].items()}
+    places: dict[str, Any] = {
+        "rewards": {name: {**reward, "url": "-"} for name, reward in config["rewards"].items()},
+        "adversary": {name: {**one, "admin": "-"} for name, one in config.get("adversary", {}).items()},
+    }
+    if config.get("adversary"):
+        places["eval"] = {"monitors": "-"}  # some judge was never refitted; which one is none of a checkpoint's business
     try:
-        return training(kind_of(config).model_validate({**config, "name": "saved", "rewards": rewards}))
+        return training(kind_of(config).model_validate({**config, "name": "saved", **places}))
     except ValidationError:
         return config
 

@@ -565,6 +565,71 @@ class ParallelConfig(Frozen):
     )
 
 
+class ScheduleConfig(Frozen):
+    """When a detector is refitted, after a step and on that step's pictures."""
+
+    use: Literal["every", "above", "reference_below"] = Field(
+        default="every",
+        description="every so many steps; above a mean reward (RealGen V2); or where references score below samples (Adv-GRPO)",
+    )
+    steps: int | None = Field(default=None, ge=1, description="every: this many steps; null is each")
+    mean: float | None = Field(
+        default=None, description="above: when the step's mean of the reward, in the units that the run trains on, is higher"
+    )
+    warm_up: bool = Field(default=True, description="above: after the first step too, whatever its mean")
+    until_accuracy: float | None = Field(
+        default=None, gt=0.5, le=1, description="a refit ends at this accuracy; null is the service's own `fit.until_accuracy`"
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> "ScheduleConfig":
+        if self.steps is not None and self.use != "every":
+            raise ValueError(f"schedule.steps is read by use=every alone: leave it away, or set use=every instead of {self.use}")
+        if (self.mean is None) == (self.use == "above"):
+            raise ValueError("schedule.use=above and schedule.mean go together: give both, e.g. mean=0.6, or neither")
+        if not self.warm_up and self.use != "above":
+            raise ValueError("schedule.warm_up is read by use=above alone: leave it away")
+        return self
+
+
+class AdversaryConfig(Frozen):
+    """A reward that is refitted while the run learns from it, by its service (trainer/adversary.py)."""
+
+    admin: str = Field(description="URL of the service's admin listener, http://HOST:PORT")
+    key_env: str = Field(default="VERISM_ADMIN_KEY", description="the environment variable that holds the listener's key")
+    schedule: ScheduleConfig = ScheduleConfig()
+    pictures: int | None = Field(
+        default=None, ge=8, description="of each side for a refit, spread over the step's prompts; null is all pictures of the step"
+    )
+    rounds: int | None = Field(
+        default=None, ge=1, le=10_000, description="most passes over them; null is the service's own `fit.rounds`"
+    )
+    wait_s: float = Field(default=600.0, gt=0, description="a refit that takes longer is given up, and the last version serves on")
+    lease_s: float = Field(
+        default=60.0, ge=2, le=3600, description="so long after a run was killed nobody else may refit; it is renewed in time"
+    )
+    overlap: bool = Field(
+        default=False, description="refit beside the next step and serve the new version after it: one step later, and no waiting"
+    )
+
+
+class ReferencesConfig(Frozen):
+    """Real pictures, or another generator's, that detectors are refitted on (trainer/references.py)."""
+
+    path: Path = Field(
+        description='JSONL of {"image", "prompt", "class"?}, a folder of pictures (NAME.txt beside each, or not), or world/photographs'
+    )
+    classes: list[int | str] | None = Field(
+        default=None, min_length=1, description="only these, by number or name: moves the generator to a class or a style"
+    )
+    match: Literal["prefer", "only", "none"] = Field(
+        default="prefer",
+        description="pictures of the step's own captions (or classes) first; only them; or any",
+    )
+    least: int = Field(default=64, ge=8, description="with fewer readable pictures the run does not start")
+    evaluated: int = Field(default=200, ge=2, description="how many are scored beside the samples at an evaluation")
+
+
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -585,6 +650,8 @@ class RunConfig(Frozen):
         description="so long after its request a step waits for a service that does not answer, and then goes on without its scores",
     )
     max_unscored_steps: int = Field(default=5, ge=1, description="stop after so many steps in a row without a single score")
+    adversary: dict[str, AdversaryConfig] = Field(default={}, description="rewards that are refitted, by their names in `rewards`")
+    references: ReferencesConfig | None = Field(default=None, description="what `adversary` is refitted on")
     advantages: AdvantageConfig = AdvantageConfig()
     gardo: GardoConfig = GardoConfig()
     loss: LossConfig = LossConfig()
@@ -687,6 +754,45 @@ class RunConfig(Frozen):
             )
         if by.startswith("heldout:") and by.removeprefix("heldout:") in set(self.rewards) - set(single):
             raise ValueError(f"checkpoint_best={by} is a win rate, which says nothing across evaluations: name another")
+        return self
+
+    @model_validator(mode="after")
+    def _adversary_fits(self) -> "RunConfig":
+        if not self.adversary:
+            if self.references is not None:
+                raise ValueError("references are what an adversary is refitted on, and there is none: name one, or leave them away")
+            return self
+        if hasattr(self, "language"):
+            raise ValueError("adversary does not go with a rewriter (`language`) yet: leave one away")
+        if self.references is None:
+            raise ValueError("adversary needs real pictures: set references.path, a JSONL file or a folder (world/photographs)")
+        if self.sampling.ahead:
+            raise ValueError("sampling.ahead asks for scores before the refit that they should follow: set it to false")
+        for name, one in self.adversary.items():
+            reward = self.rewards.get(name)
+            if reward is None:
+                raise ValueError(f"adversary.{name} is no reward here: it has {', '.join(self.rewards)}")
+            if not isinstance(reward.url, str):
+                raise ValueError(f"rewards.{name}.url: a reward that is refitted lives in one service; give one URL")
+            if reward.compare is not None:
+                raise ValueError(
+                    f"rewards.{name}.compare: a win rate says nothing of real pictures; leave it, or the adversary, away"
+                )
+            if one.pictures is not None and one.pictures > self.pictures:
+                raise ValueError(
+                    f"adversary.{name}.pictures={one.pictures}, but a step has {self.pictures}: lower it, or raise group"
+                )
+        if self.eval.monitors is None and not set(self.rewards) - set(self.adversary):
+            raise ValueError(
+                "every reward is refitted, and nothing that never learns would see the run go astray: set eval.monitors, or add a reward "
+                "that is not in `adversary` (weight=0 measures it only)"
+            )
+        by = self.checkpoint_best
+        if by == "total" or (by == "distance" and self.eval.monitors is None) or by.removeprefix("heldout:") in self.adversary:
+            raise ValueError(
+                f"checkpoint_best={by} compares scores of several versions of a detector: set eval.monitors and checkpoint_best=distance, "
+                "or checkpoint_best=heldout:NAME of a reward with weight=0 that is not in `adversary`"
+            )
         return self
 
     @model_validator(mode="after")

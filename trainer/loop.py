@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from trainer import alarm, checkpoint, memory, parallel, plan, sharding
 from trainer.advantages.aggregate import aggregate, check, features_for, gate_of, per_group
 from trainer.advantages.common import Advantages
+from trainer.adversary import Adversary
 from trainer.ahead import Ahead, Drawn
 from trainer.config import FORWARD, ConfigError, ParallelConfig, PromptsConfig, RunConfig, Stopped, dump
 from trainer.learning import Learner, rows_of
@@ -85,6 +86,7 @@ class Run:
         self.weights = self.learner.weights
         self.ahead = Ahead(self.learner)
         self.gate = gate_of(config)
+        self.adversary = Adversary(config, folder, self.prompts[0], world) if config.adversary and services and accept else None
         self.stateful = self.parts()
         self.profile = Profile(self.policy)
         self.done = self.unscored_steps = self.unsaved = 0
@@ -105,6 +107,8 @@ class Run:
         self.monitors = load_monitors(config)
         self.features = features_for(config, self.monitors)  # of gardo.diversity
         self.metrics = Metrics(folder, self.done if resumed else None, self.quiet, config.tensorboard)
+        if self.adversary is not None:
+            self._lease(self.adversary, resumed)
         if not self.quiet:
             (folder / "config.yaml").write_text(dump(config))
             checkpoint.write_json(folder / "versions.json", self._versions())
@@ -115,12 +119,23 @@ class Run:
         found: dict[str, checkpoint.Stateful | None] = {
             "ahead": self.ahead if self.config.sampling.ahead else None,
             "gardo": self.gate,
+            "adversary": self.adversary,
         }
         return {name: part for name, part in found.items() if part is not None}
 
     def judges(self) -> Scorer:
         """The services."""
         return Scorer(self.config.rewards, self.config.reward_timeout_s, self.config.reward_outage_s)
+
+    def _lease(self, adversary: Adversary, resumed: bool) -> None:
+        """The detectors are this run's, at the versions that it left them at."""
+        try:
+            self.told += adversary.start(self.scorer, resumed)
+        except BaseException:
+            self.close()
+            raise
+        self.versions |= adversary.versions
+        adversary.warn = adversary.references.warn = lambda text: self.metrics.warn(text)
 
     def plan(self, services: Mapping[str, str]) -> Any:
         """A table of what the run will cost."""
@@ -144,9 +159,12 @@ class Run:
         """One training step; returns its line of metrics.
 
         Groups are scored while others are sampled, and learned from while others are still scored where their advantages are their own
-        affair. With `sampling.ahead` the next step's groups are sampled before this one's are learned from.
+        affair. With `sampling.ahead` the next step's groups are sampled before this one's are learned from. An `adversary` then refits its
+        detectors on the step's pictures; where their version changed under it, the step is drawn again.
         """
         start, c = time.monotonic(), self.config
+        if self.adversary is not None:
+            self.adversary.begin()
         self.profile.start()
         drawn = self.ahead.take(lambda weights: self._draw(self.done, weights))
         if c.sampling.ahead:
@@ -163,6 +181,10 @@ class Run:
         asked = time.monotonic()
         rewards = parallel.rewards_of_all(self.world, self.scorer.collect(drawn.futures))
         waited += time.monotonic() - asked
+        if self.adversary is not None and self.adversary.moved(rewards, self.done):
+            if accumulated:
+                self.learner.drop()
+            return self.step()
         self.versions.update(rewards.versions)
         advantages = self._judge(drawn.rollouts, rewards)
         usable = bool(advantages.weights_B.any())
@@ -175,6 +197,10 @@ class Run:
         elif usable:
             own = rows_of(advantages, self.world.rows(c.group.prompts * c.group.size))
             numbers = self.learner.learn(drawn.rollouts, own, self.done)
+        learned = time.monotonic()
+        if self.adversary is not None:
+            numbers = {**numbers, **self.adversary.after(self.done, drawn.rollouts, rewards)}
+            self.versions |= self.adversary.versions
         self.done += 1
         end, pictures = time.monotonic(), c.group.prompts * c.group.size
         return self.metrics.write(
@@ -192,7 +218,8 @@ class Run:
                 "dropped_groups": advantages.dropped_groups,
                 **self.profile.split(sampled - start),
                 "seconds/wait": waited,
-                "seconds/train": end - sampled - waited,
+                "seconds/train": learned - sampled - waited,
+                **({"seconds/refit": end - learned} if self.adversary is not None else {}),
                 "pictures/second": pictures / (end - start),
             },
         )
@@ -208,8 +235,12 @@ class Run:
         images, prompts = self.pictures(self.config.eval.samples)
         own = self.world.rows(len(prompts))
         rewards = parallel.rewards_of_all(self.world, self._score(images[own], prompts[own]))
+        while self.adversary is not None and self.adversary.moved(rewards, self.done):
+            rewards = parallel.rewards_of_all(self.world, self._score(images[own], prompts[own]))
         values: dict[str, Any] = {**summary(self.scorer, rewards, self.first, "mean", "std", "sem"), "n": len(prompts)}
         values["failed_scores"] = rewards.missing
+        if self.adversary is not None:
+            values.update(self.adversary.look(rewards))
         if self.monitors is not None:
             values.update(self.monitors.measure(images, [p.meta.get("class") for p in prompts]))
         return values, images
@@ -247,6 +278,8 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of this moment; metrics first, so that a checkpoint never knows more than they do. OSError leaves the one before."""
+        if self.adversary is not None:
+            self.adversary.snapshot()
         tensors, learned = self.learner.state()
         learned["state"] = {}
         for name, part in self.stateful.items():
@@ -301,9 +334,9 @@ class Run:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """Sign of each reward that has no weight, and so is not trained on."""
+        """Sign of each reward that has no weight, and so is not trained on, and is never refitted."""
         signs = zip(self.scorer.names, self.scorer.signs_R.tolist(), strict=True)
-        return {name: sign for name, sign in signs if self.config.rewards[name].weight == 0}
+        return {name: sign for name, sign in signs if self.config.rewards[name].weight == 0 and name not in self.config.adversary}
 
     def adopt(self, folder: Path) -> None:
         """The weights (and their average) of a checkpoint of the same model."""
@@ -326,15 +359,19 @@ class Run:
         )
 
     def roll_back(self, saved: checkpoint.Saved) -> None:
-        """The weights, average and optimiser of an earlier checkpoint under a lower learning rate; the steps count on."""
-        self._put(saved)
+        """The weights, average and optimiser of an earlier checkpoint under a lower learning rate; the steps count on. Detectors stay as they
+        are: they have seen what fooled them.
+        """
+        self._put(saved, but="adversary")
         self.ahead.clear()  # drawn with the weights that are left behind
         self.rollbacks.append(self.done)
         self.learner.lr_scale = self.config.alarm.rollback_lr ** len(self.rollbacks)
 
     def close(self) -> None:
-        """Close files and connections."""
+        """Close files and connections; leases are given back."""
         self.metrics.close()
+        if self.adversary is not None:
+            self.adversary.close()
         if self.scorer:
             self.scorer.close()
 
@@ -377,13 +414,14 @@ class Run:
         self.unscored_steps = 0
         self.versions.update(saved.meta["reward_versions"])
 
-    def _put(self, saved: checkpoint.Saved) -> None:
+    def _put(self, saved: checkpoint.Saved, but: str = "") -> None:
         checkpoint.check_shapes(self.weights, saved.under("weights"))
         self.learner.load_state(saved)
         for name, part in self.stateful.items():
             if name not in saved.meta.get("state", {}):
                 raise checkpoint.CheckpointError(f"the checkpoint was written without {name!r}: take another --run-dir")
-            part.load_state(saved.under(f"state/{name}"), saved.meta["state"][name])
+            if name != but:
+                part.load_state(saved.under(f"state/{name}"), saved.meta["state"][name])
 
     def _together(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
         """(position of the first, prompts) of as many whole groups as fit into a pass of sampling, one at least."""
