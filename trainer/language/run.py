@@ -346,8 +346,8 @@ class LanguageRun(Run):
         scale = self.learner.lr_scale
         return numbers | self.writer.learner.learn(written, advantages, step, lr_scale=scale, foreign=self.writer.foreign)
 
-    def _put(self, saved: checkpoint.Saved) -> None:
-        super()._put(saved)
+    def _put(self, saved: checkpoint.Saved, but: str = "") -> None:
+        super()._put(saved, but)
         self._fresh = False
 
     def _now(self) -> list[str]:
