@@ -166,17 +166,16 @@ class Adversary:
         are due, or end. The step's numbers."""
         out: dict[str, float] = {}
         for name, one in self.config.adversary.items():
-            standing, numbers = self.standing[name], dict[str, float]()
+            standing, numbers, mean = self.standing[name], dict[str, float](), self._mean(name, rewards)
+            fakes: Fakes | None = None
+            if one.schedule.use == "reference_below":  # by the version that scored the samples, so before another is served
+                fakes = self._fakes(one, step, rollouts)
+                numbers |= self._references_of(name, self._sides(fakes, step)[0], mean)
             if standing.due is not None:
                 numbers |= self._refitted(name, standing.due, self._due.get(name))
                 standing.due = None
                 self._due.pop(name, None)
                 self._begun.discard(name)
-            mean = self._mean(name, rewards)
-            fakes: Fakes | None = None
-            if one.schedule.use == "reference_below":
-                fakes = self._fakes(one, step, rollouts)
-                numbers |= self._references_of(name, self._sides(fakes, step)[0], mean)
             if due(one.schedule, step, mean, numbers.get("gap")):
                 fakes = fakes or self._fakes(one, step, rollouts)
                 if one.overlap:

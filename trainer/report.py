@@ -24,11 +24,13 @@ import matplotlib.pyplot as plt
 import yaml
 from jinja2 import Environment
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from trainer.language import report as language
 
 Row = dict[str, Any]
+ACCURACY = "adversary accuracy: "  # a panel of a detector's refits, which are told by steps and not by evaluations
 CLEARLY = 1.05  # a distance that changed by less than 5 % is not called nearer or farther
 BLUE, ORANGE, RED, GREY = "#0072b2", "#d55e00", "#b00020", "#6b7280"  # Okabe and Ito's palette: safe for colour-blind readers
 
@@ -244,6 +246,33 @@ def _curve(axis: Axes, record: Record, key: str, colour: str, label: str, error:
         )
 
 
+def _detector(axis: Axes, record: Record, name: str, colour: str, label: str) -> None:
+    """Accuracy that a detector came to by each refit, on a stalk from where it stood before."""
+    key = f"adversary/{name}/"
+    rows = [(row["step"], number(row, f"{key}accuracy_before"), number(row, f"{key}accuracy")) for row in record.steps]
+    refits = [row for row in rows if math.isfinite(row[2])]
+    if not refits:
+        return
+    x, before, after = zip(*refits, strict=True)
+    axis.vlines(x, before, after, color=colour, alpha=0.4, linewidth=1.2)
+    axis.plot(x, after, "o-", color=colour, label=label, linewidth=1.6, markersize=4)
+    axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
+    axis.set_ylim(top=1.04)
+
+
+def _versions(axis: Axes, records: Sequence[Record], name: str) -> None:
+    """The version that scored after each step, dashed, on an axis at the right."""
+    right = axis.twinx()
+    for record, colour in zip(records, (BLUE, ORANGE, GREY), strict=False):
+        seen = [(row["step"], number(row, f"adversary/{name}/version")) for row in record.steps]
+        if seen := [(step, version) for step, version in seen if math.isfinite(version)]:
+            right.step(*zip(*seen, strict=True), where="post", color=colour, linestyle="--", linewidth=1, alpha=0.7)
+    right.set_ylabel("version (dashed)", fontsize=8.5, color=GREY)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.tick_params(labelsize=8.5)
+    right.spines[["top", "left", "bottom"]].set_visible(False)
+
+
 def _plain(text: str) -> str:
     """A name from a configuration as matplotlib shall draw it: no formula, and never hidden from the legend."""
     shown = "".join(c if c.isprintable() else " " for c in text)[:60].replace("$", r"\$")
@@ -251,6 +280,9 @@ def _plain(text: str) -> str:
 
 
 def _has(records: Sequence[Record], key: str) -> bool:
+    if key.startswith(ACCURACY):
+        key = f"adversary/{key.removeprefix(ACCURACY)}/accuracy"
+        return any(math.isfinite(number(row, key)) for record in records for row in record.steps)
     return any(math.isfinite(number(row, key)) for record in records for row in record.evals)
 
 
@@ -269,6 +301,13 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     rewards = records[0].config.get("rewards")
     for name in rewards if isinstance(rewards, Mapping) else ():
         known.append((f"reward/{name}/mean", f"Reward: {_plain(str(name))}", "as its service gave it", f"reward/{name}/sem"))
+    adversary = records[0].config.get("adversary")
+    for name in adversary if isinstance(adversary, Mapping) else ():
+        shown = _plain(str(name))
+        known.append(
+            (f"{ACCURACY}{name}", f"{shown}: photographs told from samples", "accuracy, held out", None)
+        )
+        known.append((f"adversary/{name}/gap", f"{shown}: references above samples", "below 0: samples look more real", None))
     return [panel for panel in known if _has(records, panel[0])]
 
 
@@ -280,10 +319,15 @@ def curves(records: Sequence[Record], chosen: Sequence[Panel], columns: int = 2)
         axis.set_visible(False)
     for axis, (key, title, direction, error) in zip(axes.flat, chosen, strict=False):
         for record, colour in zip(records, (BLUE, ORANGE, GREY), strict=False):
-            _curve(axis, record, key, colour, _plain(record.name), error)
+            if key.startswith(ACCURACY):
+                _detector(axis, record, key.removeprefix(ACCURACY), colour, _plain(record.name))
+            else:
+                _curve(axis, record, key, colour, _plain(record.name), error)
+        if key.startswith(ACCURACY):
+            _versions(axis, records, key.removeprefix(ACCURACY))
         _style(axis, title, direction)
-        if len(records) > 1:
-            axis.legend(fontsize=8, frameon=False)
+        if len(records) > 1 and axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False, loc="lower left" if key.startswith(ACCURACY) else "best")
     return _png(figure)
 
 
@@ -310,6 +354,7 @@ def training(record: Record) -> list[tuple[str, bytes]]:
         ("seconds/encode", "text encoding", GREY),
         ("seconds/wait", "waiting for rewards", ORANGE),
         ("seconds/train", "training", "#009e73"),
+        ("seconds/refit", "refitting", "#cc79a7"),
     ]
     values = [[0.0 if not math.isfinite(v := number(row, key)) else v for row in record.steps] for key, _, _ in parts]
     if any(map(any, values)):

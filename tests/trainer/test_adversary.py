@@ -121,6 +121,15 @@ def test_references_below_samples_by_the_same_version(service: Refitting, tmp_pa
     assert refits.tolist() == [int(gap < 0) for gap in gaps]
 
 
+def test_references_below_with_overlap_are_scored_by_the_version_of_the_samples(service: Refitting, tmp_path: Path) -> None:
+    """Sandals are darker than the rest, so each step is followed by a refit."""
+    references = {"path": "world/photographs", "classes": ["sandal"], "evaluated": 12}
+    run(config(service.url, {"schedule": {"use": "reference_below"}, "overlap": True}, references=references), tmp_path / "run")
+    lines = steps(tmp_path / "run")
+    assert [line["adversary/brightness/refits"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["adversary/brightness/gap"] < 0 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("step", "mean", "gap", "wanted"),
     [(0, 0.1, 1.0, True), (1, 0.61, 1.0, True), (1, 0.6, 1.0, False), (1, float("nan"), None, False)],
