@@ -78,8 +78,8 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> Standing:
 class Service:
     """A reward that compares, at a URL."""
 
-    def __init__(self, url: str, reward: str, prompt: str | None = None, timeout_s: float = 120.0) -> None:
-        """VerismError, or ValueError, says what to mend."""
+    def __init__(self, url: str, reward: str, prompt: str | None = None, timeout_s: float = 120.0, prompted: bool = False) -> None:
+        """VerismError, or ValueError, says what to mend. `prompted`: each pair comes with a prompt of its own, to `verdicts`."""
         self.reward, self.prompt, self._client = reward, prompt, RewardClientSync({reward: url}, timeout_s=timeout_s)
         try:
             self.info: RewardInfo = self._client.info()[reward]
@@ -88,7 +88,7 @@ class Service:
                     f"{reward} at {url} scores single pictures; take a reward that compares, such as `pairs` of "
                     "`verism-serve examples/serve/judge.yaml`"
                 )
-            if "prompt" in self.info.needs and not (prompt or "").strip():
+            if "prompt" in self.info.needs and not prompted and not (prompt or "").strip():
                 raise ValueError(
                     f"{reward} asks about a prompt: give the one of these pictures (--prompt), or serve it with a question that has none "
                     "(template: services/arena.yaml)"
@@ -130,11 +130,15 @@ class Service:
 
     def _asked(self, shown: Sequence[Sequence[Any]]) -> list[Verdict | str]:
         """Of each two pictures the verdict, or why their request had no answer; the client has tried it for timeout_s."""
+        return self.verdicts(shown, [self.prompt] * len(shown))
+
+    def verdicts(self, shown: Sequence[Sequence[NDArray[np.uint8]]], prompts: Sequence[str | None]) -> list[Verdict | str]:
+        """Of each two pictures, made for one prompt, the verdict, or why their request had no answer; tried for timeout_s. From any thread."""
         if not shown:
             return []
         images: list[NDArray[np.uint8]] = [one for both in shown for one in both]
         groups = [str(i) for i in range(len(shown)) for _ in range(2)]
-        table = self._client.compare(images, groups, [self.prompt] * len(images), reward=self.reward)
+        table = self._client.compare(images, groups, [p for p in prompts for _ in range(2)], reward=self.reward)
         kinds = " or ".join(table.failures)
         return [table.groups[str(i)].pairs[0] if str(i) in table.groups else kinds for i in range(len(shown))]
 

@@ -1,5 +1,5 @@
 """`verism-train RECIPE key=value ...` trains a policy, `verism-train export RUN` gives it away; `verism-eval RUN` looks at what came out,
-`verism-eval arena` at two folders.
+`verism-eval arena` at two folders, `verism-eval realbench` at how real pictures look.
 """
 
 import argparse
@@ -67,6 +67,9 @@ EVAL_HELP = """\
   verism-eval world/policy                a policy that no run has touched, by recipe `world`
   verism-eval runs/world eval.samples=32  any key of the configuration, dotted
   verism-eval arena FOLDER_A FOLDER_B     which folder a judge prefers (verism-eval arena --help)
+  verism-eval realbench FOLDER            how real pictures look, as a report (verism-eval realbench --help)
+  verism-eval compare RUN_A RUN_B         two runs on the same prompts and noise
+  verism-eval detectors --real F --generated F   which detector can be trusted
 
 Prints rewards and, where eval.monitors names them, what was never a reward: held-out detectors, distance, class hit.
 Writes evaluations/NAME.json and .png into the run folder (for a policy: into --out).
@@ -108,10 +111,14 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """`verism-eval`, and `verism-eval arena`; exit status 0 done, 2 cannot."""
+    """`verism-eval`, and `verism-eval arena`, `realbench`, `compare`, `detectors`; exit status 0 done, 2 cannot."""
     told = list(sys.argv[1:] if argv is None else argv)
     if told[:1] == ["arena"]:  # a run folder of that name is ./arena
         return _arena(told[1:])
+    if told and told[0] in ("realbench", "compare", "detectors"):
+        from trainer.realbench import command
+
+        return int(getattr(command, told[0])(told[1:]))
     parser = _parser("verism-eval", "Evaluate a run's checkpoint, or a policy.", EVAL_HELP)
     parser.add_argument("what", type=Path, help="a run folder, or a policy in diffusers format")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
