@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.arena import Service
 from shared.panel import Panel
@@ -333,18 +334,25 @@ def _monitors(told: Judged) -> None:
         wrong = len(one.pictures) - len(readable)
         for start in range(0, len(readable), 256):
             chunk = readable[start : start + 256]
-            by_size: dict[tuple[int, ...], list[tuple[str, Any]]] = {}
-            for picture in chunk:
-                image = pixels(picture.path)
-                if not isinstance(image, Problem):
-                    by_size.setdefault(image.shape, []).append((picture.key, image))
-            for group in by_size.values():
-                for name, logits in monitors.logits(np.stack([image for _, image in group])).items():
-                    p = 1 / (1 + np.exp(-logits.clip(-60, 60)))
-                    told.values[name][one.name] |= {key: float(x) for (key, _), x in zip(group, p, strict=True)}
+            shown = [(p.key, image) for p in chunk if not isinstance(image := pixels(p.path), Problem)]
+            for name, said in said_by(monitors, shown).items():
+                told.values[name][one.name] |= said
         for name in ("heldout_cnn", "heldout_spectrum"):
             if wrong:
                 told.errors[one.name, name] = Counter(unreadable=wrong)
+
+
+def said_by(monitors: Monitors, shown: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, dict[str, float]]:
+    """P(photograph) of pictures of any size, by detector and key."""
+    by_size: dict[tuple[int, ...], list[tuple[str, NDArray[np.uint8]]]] = {}
+    for key, image in shown:
+        by_size.setdefault(image.shape, []).append((key, image))
+    out: dict[str, dict[str, float]] = {}
+    for group in by_size.values():
+        for name, logits in monitors.logits(np.stack([image for _, image in group])).items():
+            p = 1 / (1 + np.exp(-logits.clip(-60, 60)))
+            out.setdefault(name, {}).update({key: float(x) for (key, _), x in zip(group, p, strict=True)})
+    return out
 
 
 def _features(told: Judged, progress: Progress) -> None:

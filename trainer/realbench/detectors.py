@@ -23,7 +23,7 @@ from trainer.config import ConfigError
 from trainer.honesty import Monitors
 from trainer.realbench import ask, charts
 from trainer.realbench.alter import WAYS, altered
-from trainer.realbench.bench import Judged, Measure, judge, locked
+from trainer.realbench.bench import Judged, Measure, judge, locked, said_by
 from trainer.realbench.config import Bench, Contestant, found
 from trainer.realbench.ledger import Ledger, Row, digest
 from trainer.realbench.pictures import Entry, Picture, pixels
@@ -154,10 +154,9 @@ def _monitors(folder: Path, one: Entry, chosen: Sequence[Picture], kept: Kept, s
     images = [(p.key, digest(p.key), image) for p in chosen if not isinstance(image := pixels(p.path), Problem)]
     with screen(f"{one.name}: held-out detectors", _ways()) as tell:
         for way, strength in _each():
-            for key, seed, image in images:
-                for name, logit in monitors.logits(altered(image, way, strength, seed)[None]).items():
-                    p = 1 / (1 + np.exp(-float(logit[0])))
-                    kept.setdefault((name, way, strength), {}).setdefault(one.name, {})[key] = p
+            changed = [(key, altered(image, way, strength, seed)) for key, seed, image in images]
+            for name, said in said_by(monitors, changed).items():
+                kept.setdefault((name, way, strength), {})[one.name] = said
             tell(1)
 
 
