@@ -216,7 +216,7 @@ UNBOUND = (
         "reward_outage_s",
         "max_unscored_steps",
     ),
-    *("checkpoint_every", "checkpoint_keep", "checkpoint_best", "tensorboard"),
+    *("checkpoint_every", "checkpoint_keep", "checkpoint_best", "tensorboard", "wandb"),
 )
 FREE = (
     "sampling.micro_batch",

@@ -630,6 +630,17 @@ class ReferencesConfig(Frozen):
     evaluated: int = Field(default=200, ge=2, description="how many are scored beside the samples at an evaluation")
 
 
+class WandbConfig(Frozen):
+    """A run at Weights & Biases; `pip install 'verism[wandb]'`."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = Field(default=None, description="user or team; default: that of the login")
+    name: str | None = Field(default=None, description="default: the run's")
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = Field(default="online", description="offline: into the run folder, for `wandb sync`")
+
+
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -662,6 +673,7 @@ class RunConfig(Frozen):
     alarm: AlarmConfig = AlarmConfig()
     parallel: ParallelConfig = ParallelConfig()
     tensorboard: bool = Field(default=True, description="events for TensorBoard in the run folder's `tb`, beside metrics.jsonl")
+    wandb: WandbConfig | None = Field(default=None, description="to Weights & Biases too (docs/watching.md)")
     checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints; every evaluation makes one too")
     checkpoint_keep: int = Field(default=2, ge=1, description="newest ones kept; the best is kept besides")
     checkpoint_best: str = Field(

@@ -106,7 +106,8 @@ class Run:
         self.versions = known | self.versions
         self.monitors = load_monitors(config)
         self.features = features_for(config, self.monitors)  # of gardo.diversity
-        self.metrics = Metrics(folder, self.done if resumed else None, self.quiet, config.tensorboard)
+        trains = config if services and accept else None  # a dry run, or a look at a checkpoint, is no run of W&B's
+        self.metrics = Metrics(folder, self.done if resumed else None, self.quiet, config.tensorboard, trains)
         if self.adversary is not None:
             self._lease(self.adversary, resumed)
         if not self.quiet:

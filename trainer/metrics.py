@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: metrics.jsonl, TensorBoard events, image grids."""
+"""What a run leaves behind to be read: metrics.jsonl, image grids, TensorBoard events, Weights & Biases."""
 
 import contextlib
 import json
@@ -7,29 +7,45 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
 
 class Metrics:
     """One JSON object per line. Opening with `resume_at` drops every line after that step, so a resumed run repeats none.
 
-    `quiet` writes nothing anywhere: for all ranks but the first; `tensorboard` writes its events too. A disk that is full is no end: lines
-    wait in memory, and `sync` raises OSError as long as some do; pictures and TensorBoard's file are given up with a word to `warn`.
+    `quiet` writes nothing anywhere: for all ranks but the first; `tensorboard` writes its events too, `wandb` (a configuration that may have
+    that key) to Weights & Biases. A disk that is full is no end: lines wait in memory, and `sync` raises OSError as long as some do; pictures,
+    TensorBoard's file and W&B are given up with a word to `warn`.
     """
 
-    def __init__(self, run: Path, resume_at: int | None = None, quiet: bool = False, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run: Path,
+        resume_at: int | None = None,
+        quiet: bool = False,
+        tensorboard: bool = True,
+        wandb: "RunConfig | None" = None,
+    ) -> None:
         self.path, self.quiet = run / "metrics.jsonl", quiet
         self.warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
         kept = [line for line in read(self.path) if line["step"] <= resume_at] if resume_at is not None else []
         self.evaluations: list[dict[str, Any]] = [line for line in kept if line["kind"] == "eval"]
         self._waiting, self._file = b"", -1
         self._board: Any = None
+        self._wandb: Any = None
         if quiet:
             return
+        if wandb is not None and wandb.wandb is not None:
+            from trainer.watch.wandb_board import Board
+
+            self._wandb = Board(wandb, run)
         beside = self.path.with_name(".metrics.building")
         beside.write_text("".join(_line(line) for line in kept))
         beside.replace(self.path)
@@ -48,6 +64,7 @@ class Metrics:
             line[key] = None if number and not math.isfinite(value) else value
             if kind in ("step", "eval") and isinstance(line[key], (int, float)):
                 self._show("add_scalar", f"{kind}/{key}", line[key], step)
+        self._tell("line", line)
         if not self.quiet:
             self._waiting += _line(line).encode()
             with contextlib.suppress(OSError):  # `sync` says so before anything counts on the lines
@@ -68,6 +85,7 @@ class Metrics:
         except OSError as error:
             self.warn(f"{path} could not be written ({error.strerror or error}); the run goes on without it")
         self._show("add_image", "grid", picture, step, dataformats="HWC")
+        self._tell("grid", step, picture)
         return path
 
     def sync(self) -> None:
@@ -86,6 +104,7 @@ class Metrics:
         except OSError as error:
             self.warn(f"the last lines of {self.path} could not be written ({error.strerror or error})")
         self._show("close")
+        self._tell("close")
         os.close(self._file)
         self._file = -1
 
@@ -102,6 +121,16 @@ class Metrics:
         except (OSError, ValueError) as error:
             self._board = None
             self.warn(f"TensorBoard's file could not be written ({error}); metrics.jsonl goes on without it")
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """W&B, which is left alone once it fails: a run goes on without it."""
+        if self._wandb is None:
+            return
+        try:
+            getattr(self._wandb, method)(*arguments)
+        except Exception as error:  # its own errors are of many kinds, and none of them is worth a run
+            self._wandb = None
+            self.warn(f"Weights & Biases was given up ({type(error).__name__}: {error}); metrics.jsonl goes on without it")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

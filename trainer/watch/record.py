@@ -137,7 +137,8 @@ class Record:
         if missing > 0:
             why = failures if isinstance(failures, dict) else {}
             reasons = "; ".join(f"{plain(key, 160)} ({plain(count, 12)})" for key, count in list(why.items())[:3])
-            self._warn("scores", step, f"{missing:.0f} scores were missing" + (f": {reasons}" if reasons else ""))
+            count = "1 score was" if missing == 1 else f"{missing:.0f} scores were"
+            self._warn("scores", step, f"{count} missing" + (f": {reasons}" if reasons else ""))
         if row.get("skipped") is True:
             self._warn("skipped", step, "nothing was learned in this step: no group had scores that differ")
         for key in ("loss", "grad_norm"):

@@ -8,13 +8,14 @@ const drawn = new Map(); // section -> what it was drawn from
 const open = new Set(); // details that somebody opened
 let boot = "";
 
-const PARTS = { rewrite: ["rewriting", 3], sample: ["sampling", 0], decode: ["decoding", 5], encode: ["text encoding", 6], wait: ["waiting for rewards", 1], train: ["training", 2], fit: ["refitting detectors", 4] };
-const TITLES = {
+const named = (entries) => Object.assign(Object.create(null), entries); // keys come from outside: "constructor" may be one
+const PARTS = named({ rewrite: ["rewriting", 3], sample: ["sampling", 0], decode: ["decoding", 5], encode: ["text encoding", 6], wait: ["waiting for rewards", 1], train: ["training", 2], fit: ["refitting detectors", 4] });
+const TITLES = named({
   "reward/total_mean": "Trained reward ↑", "reward/total": "Trained reward ↑", distance: "Distance to photographs ↓", kernel_distance: "Kernel distance ↓",
   class_hit: "Class hit ↑", heldout_cnn: "Held-out CNN, log-odds ↑", heldout_spectrum: "Held-out spectrum, log-odds ↑",
   kl: "KL to the base policy", approx_kl: "KL of the step", clipfrac: "Share of clipped samples", ratio_dev: "Largest |ratio − 1|", grad_norm: "Gradient norm",
   loss: "Loss", lr: "Learning rate", "pictures/second": "Pictures a second ↑",
-};
+});
 const TRAINING = ["reward/total", "kl", "grad_norm", "clipfrac", "ratio_dev", "pictures/second"];
 
 // Small things
@@ -28,12 +29,13 @@ function el(tag, attributes = {}, ...children) {
   node.append(...children.filter((child) => child !== null));
   return node;
 }
-const bdi = (text, attributes = {}) => el("bdi", attributes, text);
+const bdi = (text, attributes = {}) => el("bdi", attributes, String(text).replace(/[\p{Cc}\p{Cf}]/gu, " ")); // no text that turns its neighbours round
 const dot = (k) => el("span", { class: `dot k${k % 8}` });
 
 function number(x) {
   if (x === null || x === undefined) return "–";
   const size = Math.abs(x);
+  if (size < 1e-12) return "0"; // what rounding leaves of a difference
   if (size >= 1e5 || (size !== 0 && size < 1e-3)) return x.toExponential(1).replace("e+", "e");
   return String(Number(x.toPrecision(size >= 1000 ? 4 : 3)));
 }
@@ -62,7 +64,7 @@ async function ask(path) {
 
 function put(table, told) {
   // Rows from told.from on; a column that is new there is empty before.
-  if (told.from === 0) Object.assign(table, { at: [], columns: {} });
+  if (told.from === 0) Object.assign(table, { at: [], columns: named() });
   table.at.length = told.from;
   table.at.push(...told.at);
   for (const key of new Set([...Object.keys(table.columns), ...Object.keys(told.columns)])) {
@@ -85,7 +87,7 @@ async function update() {
       const used = new Set([...runs.values()].map((run) => run.colour));
       let colour = 0;
       while (used.has(colour)) colour += 1;
-      runs.set(brief.id, { colour, shown: runs.size < 6, train: { at: [], columns: {} }, evals: { at: [], columns: {} }, grid: null });
+      runs.set(brief.id, { colour, shown: runs.size < 6, train: { at: [], columns: named() }, evals: { at: [], columns: named() }, grid: null });
     }
     const run = runs.get(brief.id);
     const stale = !run.whole || run.whole.revision !== brief.revision || run.boot !== boot;
@@ -142,11 +144,11 @@ function steps(low, high, count) {
 function chart(title, lines, { note = "", marks = [], between = null, zero = false } = {}) {
   const legend = el("div", { class: "legend" }), plot = el("div", { class: "plot" });
   const card = el("div", { class: "card" }, el("div", { class: "title" }, el("h3", {}, bdi(title)), note ? el("span", { class: "quiet" }, note) : null), legend, plot);
-  const named = lines.filter((line) => line.label !== null);
+  const told = lines.filter((line) => line.label !== null);
   const area = lines.some((line) => line.kind === "area");
 
   function tell(step) {
-    const parts = named.map((line) => {
+    const parts = told.map((line) => {
       let n = line.at.length - 1;
       if (step !== null) n = line.at.reduce((best, x, i) => (Math.abs(x - step) < Math.abs(line.at[best] - step) ? i : best), 0);
       else while (n > 0 && line.values[n] === null) n -= 1;
@@ -267,17 +269,18 @@ const alarms = (run) => run.whole.alarms.map((alarm) => ({ at: alarm.step, kind:
 
 function over(kind, key, title = TITLES[key] ?? key) {
   // One chart of a number, all runs in it.
-  const lines = [];
+  const lines = [], marks = [];
   for (const run of shown()) {
     const table = run[kind], values = table.columns[key];
     if (!has(values)) continue;
+    marks.push(...alarms(run));
     const error = table.columns[key.replace(/\/mean$|_mean$/, (end) => (end === "/mean" ? "/sem" : "_sem"))];
     const line = { label: several() ? run.brief.name : "now", k: run.colour, at: table.at, values };
     const noisy = kind === "train" && values.length > 12;
     if (noisy) lines.push({ ...line, label: null, kind: "thin" }, { ...line, values: smooth(values), kind: "plain" });
     else lines.push({ ...line, error: kind === "evals" && key !== "distance" && error !== values ? error : undefined });
   }
-  return lines.length ? chart(title, lines, { marks: shown().flatMap(alarms) }) : null;
+  return lines.length ? chart(title, lines, { marks }) : null;
 }
 
 // Sections: each is drawn anew only when what it shows has changed.
@@ -441,7 +444,7 @@ function showTime() {
 function showDetectors() {
   const cards = shown().filter((run) => run.whole.rewards.length).map((run) => {
     const rows = run.whole.rewards.map((one) => {
-      const live = run.whole.detectors[one.name] ?? {}, column = run.evals.columns[`reward/${one.name}/mean`];
+      const live = Object.hasOwn(run.whole.detectors, one.name) ? run.whole.detectors[one.name] : {}, column = run.evals.columns[`reward/${one.name}/mean`];
       const role = one.held_out ? "held out" : one.weight ? `weight ${number(one.weight)}` : "trained";
       const fits = live.refits === undefined ? "" : `${number(live.refits)} refit${live.refits === 1 ? "" : "s"}`;
       const accuracy = live.accuracy === undefined ? "" : `accuracy ${number(live.accuracy)}`;
