@@ -168,7 +168,7 @@ def _bench(args: argparse.Namespace, texts: Sequence[str]) -> int:
     with locked(args.out):
         told = judge(bench, args.out, screen)
         with screen("figures", 1) as tell:
-            found = figures(told)
+            found = figures(told) | {"changes": _changes(bench)}
             tell(1)
         (args.out / "bench.yaml").write_text(yaml.safe_dump(bench.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         write(told, found, args.out)
@@ -179,6 +179,15 @@ def _bench(args: argparse.Namespace, texts: Sequence[str]) -> int:
         f"\n{page} (a page for a browser), results.json, figures.csv and pictures.csv beside it", highlight=False, soft_wrap=True
     )
     return 0 if told.complete else 1
+
+
+def _changes(bench: Bench) -> list[dict[str, Any]]:
+    """Of a bench of two runs."""
+    from trainer.realbench.changes import changes
+    from trainer.realbench.config import found
+
+    runs = [(name, found(one.run)) for name, one in bench.contestants.items() if one.run is not None]
+    return changes((runs[0][0], runs[1][0]), (runs[0][1], runs[1][1])) if len(runs) == len(bench.contestants) == 2 else []
 
 
 def _guarded(work: Callable[[], int]) -> int:

@@ -71,6 +71,11 @@ def tables(found: dict[str, Any]) -> Iterator[Table | str]:
     if found["arena"].get("shown_first") is not None:
         first = f"{found['arena']['shown_first']:.0%} of the time"
         yield f"arena: {found['arena']['judge']} prefers what is shown first {first}; only consistent wins count"
+    if len(names) <= 3:
+        for row in found["differences"]:
+            if names[0] not in (row["a"], row["b"]) or len(names) == 2:
+                sure = "" if row["low"] is None else " (clear)" if row["low"] > 0 or row["high"] < 0 else " (not clear)"
+                yield f"{row['measure']}: {row['b']} less {row['a']} {number(row)}{sure}"
     kinds = {one["name"]: one["kind"] for one in found["contestants"]}
     fooled = [row for row in found["telling"] if row["verdict"] == "fooled" and kinds[row["contestant"]] != "photographs"]
     if fooled:
