@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-rewriter bench-serving bench-trainer bench-two-policies soak kill-test world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-refit bench-rewriter bench-serving bench-trainer bench-two-policies soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -36,6 +36,12 @@ bench-algorithms: setup ## GRPO, Guard, NFT and GARDO on the small world, three 
 
 bench-judges: setup ## judges over HTTP against a plain loop and vLLM's own batches; ARGS="--dtype bfloat16"
 	@$(BIN)/python -m bench.judges $(ARGS)
+
+bench-refit: setup ## what a refit costs those who score meanwhile, and what a swap does to them; ARGS=--quick takes two minutes
+	@$(BIN)/python -m bench.refit $(ARGS)
+
+bench-realbench: setup ## 1,000 pictures through two detectors and a judge, against their own batches; ARGS="--pictures 200"
+	@$(BIN)/python -m bench.realbench $(ARGS)
 
 bench-rewriter: setup ## rollouts and training steps of a rewriter against TRL's GRPOTrainer; ARGS=--quick takes one minute
 	@$(BIN)/python -m bench rewriter $(ARGS)

@@ -64,7 +64,6 @@ def router(state: State) -> APIRouter:
         async with decoding:
             asked = await read(request, FitPictures, config.max_body_bytes)
             room.holder.check(asked.lease)
-            room.room_for(sum(3 * one.image.height * one.image.width for one in asked.items))
             examples = await asyncio.to_thread(_examples, asked.items, config.max_pixels, config.max_request_pixels)
         room.holder.check(asked.lease)  # it may have run out meanwhile
         return _json(room.add(asked.side, examples))

@@ -109,9 +109,9 @@ def warnings_of(real: Sequence[Example], generated: Sequence[Example]) -> list[s
 
 
 def split(real: Sequence[Example], generated: Sequence[Example], share: float) -> tuple[Pairs, Pairs]:
-    """(to learn from, held out), in pairs. Those of one group stay together, on the side that its real pictures fall on.
+    """(to learn from, held out), in pairs. Those of one group stay together, on the side that one of its real pictures falls on.
 
-    At least two of each kind are held out, and one is learned from; ValueError where there are too few for that.
+    At least two pictures of each kind are held out, and one is learned from; ValueError where there are too few for that.
     """
     shared = {one.group for one in real} & {one.group for one in generated} - {None}
     groups: dict[str, tuple[list[Example], list[Example]]] = {}
@@ -119,18 +119,19 @@ def split(real: Sequence[Example], generated: Sequence[Example], share: float) -
         for one in some:
             name = f"g{one.group}" if one.group in shared else f"{side}{one.key}{one.item.prompt or ''}"
             groups.setdefault(name, ([], []))[side].append(one)
-    units = sorted(groups.values(), key=lambda unit: (min(one.fraction for one in unit[0] or unit[1]), unit[0] == []))
-    if min(sum(1 for unit in units if unit[side]) for side in (0, 1)) <= LEAST_HELD_OUT:
+    ordered = sorted((_fraction(unit), index, unit) for index, unit in enumerate(groups.values()))
+    units, held = [unit for *_, unit in ordered], [fraction < share for fraction, *_ in ordered]
+    counts = [[len(unit[side]) for unit in units] for side in (0, 1)]
+    for count in counts:
+        having = [index for index, n in enumerate(count) if n]
+        for index in having:
+            held[index] |= sum(n for n, out in zip(count, held, strict=True) if out) < LEAST_HELD_OUT
+        if _all_held(count, held):
+            held[having[-1]] = False
+    if any(sum(n for n, out in zip(c, held, strict=True) if out) < LEAST_HELD_OUT or _all_held(c, held) for c in counts):
         if not shared:
             raise ValueError(f"more than {LEAST_HELD_OUT} different pictures of each side are needed")
         return split([replace(one, group=None) for one in real], [replace(one, group=None) for one in generated], share)
-    held = [min(one.fraction for one in unit[0] or unit[1]) < share for unit in units]
-    for side in (0, 1):
-        having = [index for index, unit in enumerate(units) if unit[side]]
-        for index in having[:LEAST_HELD_OUT]:
-            held[index] = True
-        if all(held[index] for index in having):
-            held[having[-1]] = False
 
     def part(wanted: bool) -> Pairs:
         chosen = [unit for unit, out in zip(units, held, strict=True) if out == wanted]
@@ -138,6 +139,15 @@ def split(real: Sequence[Example], generated: Sequence[Example], share: float) -
         return pairs_of(reals, fakes)
 
     return part(False), part(True)
+
+
+def _fraction(unit: tuple[list[Example], list[Example]]) -> float:
+    """Of the picture with the smallest key: as even as that of any one picture."""
+    return min(unit[0] or unit[1], key=lambda one: one.key).fraction
+
+
+def _all_held(counts: Sequence[int], held: Sequence[bool]) -> bool:
+    return all(out for n, out in zip(counts, held, strict=True) if n)
 
 
 def pairs_of(real: Sequence[Example], generated: Sequence[Example]) -> Pairs:

@@ -40,7 +40,7 @@ from services.fitting.types import Fittable, Fitter
 from services.metrics import Metrics
 from services.reward import Item, Reward
 from services.scheduler import Lane
-from services.worker import RewardWork
+from services.worker import RewardWork, warm_up
 from shared.errors import Invalid, TooLarge
 from shared.fit_wire import (
     FitRequest,
@@ -70,6 +70,11 @@ class Holder:
     def __init__(self, reward: str, now: Callable[[], float] = time.monotonic) -> None:
         self.reward, self._now = reward, now
         self._lease, self._name, self._seconds, self._until = "", "", 0.0, float("-inf")
+        self._runs = False
+
+    @property
+    def _left(self) -> float:
+        return self._until - self._now() if not self._runs or self._until == float("-inf") else self._seconds
 
     def take(self, asked: Hold, version: int) -> tuple[Lease, bool]:
         """The lease, and whether it is a new one. Leased while another holds it, NoLease for a renewal that comes too late."""
@@ -77,8 +82,7 @@ class Holder:
             self.check(asked.lease)
             fresh = False
         else:
-            left = self._until - self._now()
-            if left > 0:
+            if (left := self._left) > 0:
                 raise Leased(
                     f"{self.reward} is being refitted by {self._name!r}, whose lease lasts {left:.0f} s more unless it is renewed: "
                     "refit another reward, or end that run",
@@ -91,7 +95,7 @@ class Holder:
 
     def check(self, lease: str) -> None:
         """Renews it. NoLease for any other."""
-        left = self._until - self._now()
+        left = self._left
         if left <= 0 or not hmac.compare_digest(lease.encode(), self._lease.encode()):
             who = f"{self._name!r} has it" if left > 0 else "nobody has it now"
             raise NoLease(
@@ -102,10 +106,14 @@ class Holder:
     def renew(self) -> None:
         self._until = self._now() + self._seconds
 
+    def runs(self) -> None:
+        """A refit has begun: until it has ended the lease does not run out, unless it is given back."""
+        self._runs = True
+
     def ran(self) -> None:
-        """A refit has ended: time that it took does not count, unless the lease was given back."""
-        if self._until > float("-inf"):
+        if self._left > 0:
             self.renew()
+        self._runs = False
 
     def release(self, lease: str) -> None:
         self.check(lease)
@@ -166,21 +174,18 @@ class Room:
         self.holder.release(lease)
         self._clear()
 
-    def room_for(self, size: int) -> None:
-        """TooLarge when so many more bytes of pixels would be too many."""
-        held = self._bytes()
-        if held + size > self.options.waiting_bytes:
+    def add(self, side: Side, examples: Sequence[Example]) -> Waiting:
+        """All of them, or none. TooLarge when too many pixels would wait."""
+        known = self._waiting[side]
+        fresh = {(one.key, one.item.prompt, one.group): one for one in examples}
+        held = sum(one.item.image.nbytes for some in self._waiting.values() for one in some.values())
+        size = held + sum(one.item.image.nbytes for name, one in fresh.items() if name not in known)
+        if size > self.options.waiting_bytes:
             raise TooLarge(
                 f"{held / 2**20:.0f} MiB of pictures wait for a refit of {self.name} already: begin it, or send fewer",
                 limit=self.options.waiting_bytes,
-                observed=held + size,
+                observed=size,
             )
-
-    def add(self, side: Side, examples: Sequence[Example]) -> Waiting:
-        """All of them, or none."""
-        known = self._waiting[side]
-        fresh = {(one.key, one.item.prompt, one.group): one for one in examples}
-        self.room_for(sum(one.item.image.nbytes for name, one in fresh.items() if name not in known))
         known.update(fresh)
         self._observe()
         real, generated = (list(self._waiting[one].values()) for one in SIDES)
@@ -221,6 +226,7 @@ class Room:
                 warnings=warnings,
             )
             self._stop.clear()
+            self.holder.runs()
             self._thread = threading.Thread(
                 target=self._run, args=(asked, learned, proof, asyncio.get_running_loop()), name=f"fit-{self.name}", daemon=True
             )
@@ -297,9 +303,10 @@ class Room:
     async def close(self) -> None:
         """End a refit that runs, as if it had not begun, and give the folder back."""
         self._stop.set()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended(), STOP_S)
-        self.store.close()
+        async with self._one:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended(), STOP_S)
+            self.store.close()
 
     # What is read and served.
 
@@ -331,7 +338,13 @@ class Room:
             raise Invalid(str(error)) from error
 
     def _work(self, state: State) -> RewardWork:
-        return work_of(self.fitter.reward(state.weights, state.version))
+        return self._warm(self.fitter.reward(state.weights, state.version))
+
+    def _warm(self, reward: Reward) -> RewardWork:
+        """So that the first who is scored by it does not wait longer than others."""
+        work = work_of(reward)
+        warm_up(work, 1, self.device)
+        return work
 
     async def _serve(self, state: State, work: RewardWork) -> None:
         assert self._lane is not None
@@ -411,7 +424,7 @@ class Room:
                 told["warnings"].append(f"scores while fitting and while serving differ by {gap:.1e}")
         if done.state is None or reward is None or reason is not None:
             return {**told, "outcome": "kept_out", "reason": reason}
-        work = work_of(reward)
+        work = self._warm(reward)
         self._rest()  # the last moment to be stopped
         pictures = {one.key: one.item.image for pair in learned for one in pair}
         self.store.write(done.state, reward.info.weights_sha256, published=asked.publish, pictures=pictures)
@@ -463,9 +476,6 @@ class Room:
         """What the store has had to say since somebody last asked."""
         said, self.store.said = self.store.said, []
         return said
-
-    def _bytes(self) -> int:
-        return sum(one.item.image.nbytes for side in self._waiting.values() for one in side.values())
 
     def _clear(self) -> None:
         for side in self._waiting.values():

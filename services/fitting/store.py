@@ -129,11 +129,11 @@ class Store:
 
     def published(self) -> list[int]:
         """Oldest first."""
-        return sorted(version for version, meta in self.metas.items() if meta.published)
+        return sorted(version for version, meta in list(self.metas.items()) if meta.published)  # others write meanwhile
 
     def candidate(self) -> int | None:
         """The version that was fitted and waits for its publication."""
-        return max((version for version, meta in self.metas.items() if not meta.published), default=None)
+        return max((version for version, meta in list(self.metas.items()) if not meta.published), default=None)
 
     def write(
         self, state: State, weights_sha256: str | None, *, published: bool, pictures: Mapping[str, NDArray[np.uint8]]

@@ -28,11 +28,13 @@ class Options(BaseModel):
 
 
 class Head(BaseModel):
-    """`fit.head`. `explode`: the loss is infinite from this step on; `backwards`: it learns that real pictures are generated ones."""
+    """`fit.head`. `explode`: the loss is infinite from this step on; `backwards`: it learns that real pictures are generated ones. `unsure`: it
+    says that it tells nothing apart, so that a refit goes on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     explode: int | None = None
     backwards: bool = False
+    unsure: bool = False
     seconds: float = 0.0
     off: float = 0.0
 
@@ -90,7 +92,7 @@ class LinearFitter:
         total = binary_cross_entropy_with_logits(logits, 1 - wanted if self.head.backwards else wanted)
         if self.head.explode is not None and self.calls > self.head.explode:
             total = total / 0
-        return {"total": total, "entropy": total.detach()}
+        return {"total": total, "entropy": total.detach(), **({"accuracy": torch.tensor(0.5)} if self.head.unsure else {})}
 
     @torch.no_grad()
     def scores(self, items: Sequence[Item]) -> Tensor:

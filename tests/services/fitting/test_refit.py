@@ -238,6 +238,17 @@ def test_a_picture_stays_on_its_side_whoever_comes_with_it() -> None:
         assert len({real.key for real, _ in proof}) == sum(some[one.key] for one in examples(images[begin : begin + 80]))
 
 
+def test_large_groups_are_held_out_no_oftener_than_single_pictures() -> None:
+    names = [str(n // 8) for n in range(320)]
+    learned, proof = split(examples(pictures(320, 120, 0), "a bag", names), examples(pictures(320, 140, 1), "a bag", names), 0.2)
+    out = {one.group for one, _ in proof}
+    assert 3 <= len(out) <= 16 and len(out) + len({one.group for one, _ in learned}) == 40
+    few, proof = split(
+        examples(pictures(32, 120, 0), "a bag", names[:32]), examples(pictures(32, 140, 1), "a bag", names[:32]), 0.2
+    )
+    assert len({one.group for one, _ in proof}) <= 2 and len(few) >= 16
+
+
 def test_pairs_are_of_one_group_else_of_one_prompt() -> None:
     real = [*examples(pictures(2, 100, 0), "a bag", ["a", "b"]), *examples(pictures(2, 100, 1), "a shirt")]
     made = [*examples(pictures(3, 140, 2), "a bag", ["b", "a", "b"]), *examples(pictures(1, 140, 3), "a shirt")]
