@@ -66,6 +66,12 @@ class Record:
         farther = number(last, "distance") > CLEARLY * number(first, "distance")
         return bool(self.alarms) and farther and number(last, "reward/total_mean") > number(first, "reward/total_mean")
 
+    def refitted(self) -> bool:
+        """A detector learned along, so rewards of different evaluations are of different versions."""
+        return any(
+            number(row, key) > 0 for row in self.evals for key in row if key.startswith("adversary/") and key.endswith("/refits")
+        )
+
     def judged(self) -> Row:
         """What `before` is held against: the best checkpoint, or, so that the damage is seen, the end of a hacked run."""
         return self.evals[-1] if self.hacked() else self.best()
@@ -153,6 +159,8 @@ def changes(record: Record) -> list[Change]:
             f", {errors:+.1f} standard errors" if math.isfinite(errors) else ""
         )
         good = (None if abs(errors) < 3 else errors > 0) if math.isfinite(errors) else None
+        if record.refitted():
+            words, good = f"{words}, by several versions of a detector: no measure of progress", None
         out.append(Change("trained reward", number(first, "reward/total_mean"), number(best, "reward/total_mean"), words, good))
     for key, label, lower in (
         ("distance", "distance to photographs", True),
@@ -193,12 +201,14 @@ def _finding(record: Record) -> str:
     if distance is None:
         return "Nothing independent was measured (no monitors), so whether the pictures got better cannot be said."
     nearer = distance.after * CLEARLY < distance.before
-    if nearer and (hit is None or hit.good is not False) and reward is not None and reward.good:
+    if nearer and (hit is None or hit.good is not False) and reward is not None and (reward.good or record.refitted()):
         held = "the class hit did not fall" if hit is not None else "the class hit was not measured"
+        rose = f"the reward rose by {reward.after - reward.before:.2f} ({reward.words.rsplit(', ', 1)[-1]})"
+        if record.refitted():
+            rose = "what the reward did cannot be told, since a detector learned along"
         return (
             f"The pictures got better: at step {record.best()['step']} they are {1 - distance.after / distance.before:.0%} nearer "
-            f"to photographs ({distance.before:.1f} to {distance.after:.1f}), {held}, and the reward rose by "
-            f"{reward.after - reward.before:.2f} ({reward.words.rsplit(', ', 1)[-1]}).{_held_out(found)}"
+            f"to photographs ({distance.before:.1f} to {distance.after:.1f}), {held}, and {rose}.{_held_out(found)}"
         )
     if nearer:
         return (
@@ -304,9 +314,7 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     adversary = records[0].config.get("adversary")
     for name in adversary if isinstance(adversary, Mapping) else ():
         shown = _plain(str(name))
-        known.append(
-            (f"{ACCURACY}{name}", f"{shown}: photographs told from samples", "accuracy, held out", None)
-        )
+        known.append((f"{ACCURACY}{name}", f"{shown}: photographs told from samples", "accuracy, held out", None))
         known.append((f"adversary/{name}/gap", f"{shown}: references above samples", "below 0: samples look more real", None))
     return [panel for panel in known if _has(records, panel[0])]
 

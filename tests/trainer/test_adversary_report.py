@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.trainer.report.test_report import GOOD, make_run
-from trainer.report import curves, panels, read, write_report
+from trainer.report import changes, curves, panels, read, verdict, write_report
 
 ADVERSARY = {"detector": {"admin": "http://127.0.0.1:8906"}}
 
@@ -38,6 +38,15 @@ def test_accuracy_and_version_are_drawn_beside_the_other_curves(tmp_path: Path) 
     assert drawn[0] != drawn[1], "only one has an accuracy to draw"
     page = write_report(run).read_text()
     assert "detector: photographs told from samples" in page and "detector: references above samples" in page
+
+
+def test_rewards_of_several_versions_are_no_measure(tmp_path: Path) -> None:
+    evals = [{**e, "adversary/detector/refits": n} for n, e in enumerate(GOOD)]
+    record = read(make_run(tmp_path / "a", "learns", evals, adversary=ADVERSARY))
+    (reward,) = [change for change in changes(record) if change.label == "trained reward"]
+    assert reward.good is None and "several versions" in reward.words
+    assert "got better" in verdict(record) and "38%" in verdict(record) and "cannot be told, since a detector" in verdict(record)
+    assert "several versions" not in verdict(read(make_run(tmp_path / "b", "frozen", GOOD)))
 
 
 def test_a_detector_that_was_never_refitted_has_no_accuracy_to_draw(tmp_path: Path) -> None:
