@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench bench-algorithms bench-judges bench-refit bench-rewriter bench-serving bench-trainer bench-two-policies soak kill-test world vllm images lock setup clean
+.PHONY: help demo test check serve bench bench-adversary bench-algorithms bench-judges bench-realbench bench-refit bench-rewriter bench-serving bench-trainer bench-two-policies soak kill-test world vllm images lock setup clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -30,6 +30,9 @@ serve: setup ## the small world's rewards on port 8000; CONFIG=file serves other
 
 bench: setup ## images per second over HTTP against a plain loop
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-adversary: setup ## a frozen detector, RealGen V2's refits and Adv-GRPO's head on the small world, three seeds: hours; ARGS=--quick takes minutes
+	@$(BIN)/python -m bench adversary $(ARGS)
 
 bench-algorithms: setup ## GRPO, Guard, NFT and GARDO on the small world, three seeds each: hours; ARGS=--quick takes minutes
 	@$(BIN)/python -m bench algorithms $(ARGS)

@@ -20,6 +20,14 @@ def _short(text: str, most: int) -> str:
     return escape(text if len(text) <= most else text[: most - 1] + "…")
 
 
+def _ticks(least: float, most: float) -> list[float]:
+    """Round numbers in the range, about five."""
+    rough = (most - least) / 5
+    power = 10 ** np.floor(np.log10(rough))
+    step = float(power * min((m for m in (1, 2, 2.5, 5, 10) if m * power >= rough), default=10))
+    return [round(i * step, 12) for i in range(int(np.ceil(least / step)), int(np.floor(most / step)) + 1)]
+
+
 def _number(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
@@ -46,10 +54,10 @@ def dots(rows: Sequence[Row], *, low: float | None = None, high: float | None = 
         return left + wide * min(1.0, max(0.0, (value - least) / (most - least)))
 
     out = [f'<svg viewBox="0 0 540 {tall}" role="img">']
-    for value in np.linspace(least, most, 5):
-        place = x(float(value))
+    for value in _ticks(least, most):
+        place = x(value)
         out.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="2" y2="{tall - 18}"/>')
-        out.append(f'<text class="tick" x="{place:.1f}" y="{tall - 4}" text-anchor="middle">{_number(float(value))}</text>')
+        out.append(f'<text class="tick" x="{place:.1f}" y="{tall - 4}" text-anchor="middle">{_number(value)}</text>')
     if mark is not None:
         out.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="2" y2="{tall - 18}"/>')
     for i, (name, figure, ink) in enumerate(known):
@@ -81,9 +89,9 @@ def histogram(groups: Sequence[tuple[str, Floats, str]], unit: bool, bins: int =
         y = 6 + tall * (1 - level / top)
         out.append(f'<line class="grid" x1="{left}" x2="{left + wide}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{level:.0%}</text>')
-    for value in np.linspace(least, most, 5):
+    for value in _ticks(least, most):
         place = left + wide * (value - least) / (most - least)
-        out.append(f'<text class="tick" x="{place:.1f}" y="{tall + 22}" text-anchor="middle">{_number(float(value))}</text>')
+        out.append(f'<text class="tick" x="{place:.1f}" y="{tall + 22}" text-anchor="middle">{_number(value)}</text>')
     for (_, _, ink), share in zip(groups, shares, strict=True):
         points: list[tuple[float, float]] = [(left, 6.0 + tall)]
         for i, part in enumerate(share.tolist()):
@@ -141,11 +149,9 @@ def lines(
         return 6 + tall * (1 - (value - least) / (most - least))
 
     out = [f'<svg viewBox="0 0 540 {tall + 28}" role="img">']
-    for value in np.linspace(least, most, 5):
-        out.append(f'<line class="grid" x1="{left}" x2="{left + wide}" y1="{y(float(value)):.1f}" y2="{y(float(value)):.1f}"/>')
-        out.append(
-            f'<text class="tick" x="{left - 5}" y="{y(float(value)) + 4:.1f}" text-anchor="end">{_number(float(value))}</text>'
-        )
+    for value in _ticks(least, most):
+        out.append(f'<line class="grid" x1="{left}" x2="{left + wide}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        out.append(f'<text class="tick" x="{left - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     for i, tick in enumerate(ticks):
         out.append(f'<text class="tick" x="{x(i):.1f}" y="{tall + 24}" text-anchor="middle">{escape(tick)}</text>')
     out.append(f'<line class="mark" x1="{left}" x2="{left + wide}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')

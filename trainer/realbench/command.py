@@ -74,7 +74,7 @@ def detectors(argv: Sequence[str]) -> int:
     def work() -> int:
         from trainer.realbench import detectors as judging
 
-        return judging.run(_load(args, {}, detectors_only=True), args.real, args.generated, args.altered, args.out, Console())
+        return judging.run(_load(args, {}, detectors_only=True), args.real, args.generated, args.altered, args.out, _console())
 
     return _guarded(work)
 
@@ -164,7 +164,7 @@ def _bench(args: argparse.Namespace, texts: Sequence[str]) -> int:
     from trainer.realbench.results import figures, write
     from trainer.realbench.screen import Screen, tables
 
-    console, screen = Console(width=None if sys.stdout.isatty() else 132), Screen()
+    console, screen = _console(), Screen()
     with locked(args.out):
         told = judge(bench, args.out, screen)
         with screen("figures", 1) as tell:
@@ -179,6 +179,10 @@ def _bench(args: argparse.Namespace, texts: Sequence[str]) -> int:
         f"\n{page} (a page for a browser), results.json, figures.csv and pictures.csv beside it", highlight=False, soft_wrap=True
     )
     return 0 if told.complete else 1
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 132)
 
 
 def _changes(bench: Bench) -> list[dict[str, Any]]:
