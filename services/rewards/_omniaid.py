@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from services.fitting.losses import orthogonality
 from services.rewards._detector_kit import fill
 
 UNUSED = (".U_r", ".V_r", ".weight_original_fnorm", ".position_ids", ".inv_freq", ".mask_token")
@@ -113,9 +114,21 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor, gates_BE: Tensor) -> Tensor:
-        gain = torch.cat(list(self.S_experts)) * gates_BE.repeat_interleave(self.rank, 1)
-        inner = F.linear(x, torch.cat(list(self.V_experts))) * gain[:, None]
-        return F.linear(x, self.get_buffer("weight_main"), self.bias) + F.linear(inner, torch.cat(list(self.U_experts), 1))
+        u, s, v = torch.cat(list(self.U_experts), 1), torch.cat(list(self.S_experts)), torch.cat(list(self.V_experts))
+        gain = s.to(x.dtype) * gates_BE.repeat_interleave(self.rank, 1)
+        inner = F.linear(x, v.to(x.dtype)) * gain[:, None]
+        return F.linear(x, self.get_buffer("weight_main"), self.bias) + F.linear(inner, u.to(x.dtype))
+
+    def overlap(self, frozen: tuple[Tensor, Tensor]) -> Tensor:
+        """How far the experts' spaces overlap each other and the main part's, both sides added; `frozen` as `complements` gives it."""
+        columns = [v.T for v in self.V_experts]
+        return orthogonality(frozen[0], list(self.U_experts)) + orthogonality(frozen[1], columns)
+
+    @torch.no_grad()
+    def complements(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases (width, rank) of what the main part leaves free in its output and in its input, by its singular vectors."""
+        u, _, vh = torch.linalg.svd(self.get_buffer("weight_main").float())
+        return u[:, -self.rank :].clone(), vh[-self.rank :].T.clone()
 
 
 def _projection(shape: Shape, experts: bool, bias: bool) -> nn.Module:
@@ -263,10 +276,19 @@ class Tower(nn.Module):
         return self.norm(x[:, 0])  # type: ignore[no-any-return]
 
 
+def _linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """A linear layer whose weights may be kept in float32 while they are fitted, computed in the type of x."""
+    return F.linear(x, layer.get_parameter("weight").to(x.dtype), layer.get_parameter("bias").to(x.dtype))
+
+
 class _Router(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Linear(shape.width, shape.router), nn.ReLU(), nn.Linear(shape.router, shape.routed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = self.network
+        return _linear(torch.relu(_linear(x, first)), last)
 
 
 class OmniAid(Tower):
@@ -293,7 +315,7 @@ class OmniAid(Tower):
             seen = self.feature_extractor(self.feature_extractor.embeddings(pixels))
         else:
             seen = embedded[:, 1 + self.shape.registers :].mean(1)
-        logits = self.gating_network.network(seen)
+        logits = self.gating_network(seen)
         chosen, index = logits.topk(self.top_k, -1)
         gates = torch.zeros_like(logits).scatter(1, index, chosen.softmax(-1))
         return F.pad(gates, (0, self.shape.experts - self.shape.routed), value=1.0)
@@ -301,7 +323,7 @@ class OmniAid(Tower):
     def logits(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.embeddings(pixels)
         gates = self.gates(pixels, embedded)
-        return self.head(self(embedded, gates)), gates
+        return _linear(self(embedded, gates), self.head), gates
 
 
 def build(

@@ -277,23 +277,28 @@ class Tokens:
 
 
 class Texts:
-    """Embeddings of texts: each text is encoded once, and the `limit` used last are kept. Not for several threads at once."""
+    """Embeddings of texts: each text is encoded once, and the `limit` used last are kept.
+
+    For several threads: the versions of a reward and its fitter share one, as texts mean the same to all of them.
+    """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], limit: int = _TEXTS) -> None:
-        self._encode, self._limit = encode, limit
+        self._encode, self._limit, self._lock = encode, limit, Lock()
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, D), in order; what is new is encoded in one batch."""
-        new = list(dict.fromkeys(t for t in texts if t not in self._kept))
-        fresh = {text: row.clone() for text, row in zip(new, self._encode(new), strict=True)} if new else {}
-        rows = [fresh[t] if t in fresh else self._kept[t] for t in texts]
-        for text, row in zip(texts, rows, strict=True):
-            self._kept[text] = row
-            self._kept.move_to_end(text)
-        while len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
-        return torch.stack(rows)
+        with self._lock:
+            known = {t: self._kept[t] for t in texts if t in self._kept}
+        new = list(dict.fromkeys(t for t in texts if t not in known))
+        known |= {text: row.clone() for text, row in zip(new, self._encode(new), strict=True)} if new else {}
+        with self._lock:
+            for text in texts:
+                self._kept[text] = known[text]
+                self._kept.move_to_end(text)
+            while len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+        return torch.stack([known[t] for t in texts])
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -6,7 +6,9 @@ LongCLIP (2403.15378) has two tables of 248 positions: the first 20 of `position
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -95,6 +97,12 @@ class ClipTowers:
         tokens = self.tokens(texts, truncation=True, max_length=self.context, padding=True).to(self.device)
         hidden = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         return normalize(self.model.text_projection(hidden).float(), dim=-1)
+
+    def seeing(self, model: CLIPModel) -> Self:
+        """The same texts, cached ones too, with the pictures seen by another model of the same shapes."""
+        other = copy(self)
+        other.model = model
+        return other
 
     def inputs(self, images: Sequence[Picture]) -> Tensor:
         return self.pixels(images).to(self.model.dtype)
