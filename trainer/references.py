@@ -9,7 +9,7 @@ Another generator's pictures are a source like any other (Adv-GRPO, 2511.20256, 
 A generated picture comes in the run's own size and is sent as it is. A reference of another shape is cropped around its middle to the run's
 shape and resized to its size by Lanczos' filter with antialiasing: `fitted` is the one path for both, and does nothing to a picture that has
 the size already. What the filter leaves behind can be told from what a decoder does; so references in the run's own size are best, and
-`note` says how many were not. Files that are no pictures are named and skipped.
+`note` says how many were not, and how many JPEG had been through. Files that are no pictures are named and skipped.
 """
 
 import json
@@ -48,6 +48,8 @@ class _Reference:
     source: Path | int  # a file, or a place in `_pixels`
     prompt: str | None
     kind: str | None  # its class
+    resized: bool = False
+    jpeg: bool = False
 
 
 def fitted(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -69,7 +71,6 @@ class References:
         self.warn: Callable[[str], None] = lambda text: None
         self._pixels: NDArray[np.uint8] | None = None
         self._bad: set[int] = set()
-        self._resized = 0
         self._all = self._chosen(self._read(config.path))
         self._enough()
         self._by_prompt: dict[str, list[int]] = {}
@@ -90,11 +91,16 @@ class References:
         if self.skipped:
             more = f" and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else ""
             out.append(f"{len(self.skipped)} references were skipped: {'; '.join(self.skipped[:NAMED])}{more}")
-        if self._resized:
+        if resized := sum(one.resized for one in self._all):
             high, wide = self.size
             out.append(
-                f"{self._resized} of {len(self)} references are not {wide}x{high} and are resized: a detector may learn the filter, so "
-                "resize them beforehand as your pictures were made, or switch on the service's fit.augment"
+                f"{resized} of {len(self._all)} references are not {wide}x{high} and are resized: a detector may learn the filter, so "
+                "resize them beforehand as your pictures were made, or set the service's fit.augment.resize"
+            )
+        if jpeg := sum(one.jpeg for one in self._all):
+            out.append(
+                f"{jpeg} of {len(self._all)} references are JPEG, and generated pictures never were: a detector may learn the compression, so "
+                "take lossless ones, or set the service's fit.augment.jpeg"
             )
         return "; ".join(out)
 
@@ -209,7 +215,7 @@ class References:
             return self._world()
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS)
-            return [_Reference(file, _caption(file.with_suffix(".txt")), None) for file in files if self._readable(file)]
+            return [one for file in files if (one := self._reference(file, _caption(file.with_suffix(".txt")), None)) is not None]
         if path.suffix == ".jsonl" and path.is_file():
             return self._jsonl(path)
         raise ConfigError(
@@ -221,9 +227,8 @@ class References:
         from world.photographs import load
 
         self._pixels, classes = load("train")
-        if self._pixels.shape[1:3] != self.size:
-            self._resized = len(self._pixels)
-        return [_Reference(n, caption(WORDINGS[c][0], TEMPLATES[1]), str(c)) for n, c in enumerate(classes.tolist())]
+        resized = self._pixels.shape[1:3] != self.size
+        return [_Reference(n, caption(WORDINGS[c][0], TEMPLATES[1]), str(c), resized) for n, c in enumerate(classes.tolist())]
 
     def _jsonl(self, path: Path) -> list[_Reference]:
         root, out = path.parent.resolve(), []
@@ -237,12 +242,12 @@ class References:
                 raise ConfigError(f'{path}, line {number}: the prompt is a text, {{"image": "a.png", "prompt": "..."}}')
             if not file.resolve().is_relative_to(root):
                 raise ConfigError(f"{path}, line {number}: {raw['image']} is not below {root}; keep pictures beside the file")
-            if self._readable(file):
-                out.append(_Reference(file, prompt, None if kind is None else str(kind)))
+            if (one := self._reference(file, prompt, None if kind is None else str(kind))) is not None:
+                out.append(one)
         return out
 
-    def _readable(self, file: Path) -> bool:
-        """By its header; a file that is none is skipped and named."""
+    def _reference(self, file: Path, prompt: str | None, kind: str | None) -> _Reference | None:
+        """What its header says; None, and named, for a file that is no picture."""
         try:
             with file.open("rb") as opened:
                 data = opened.read(HEADER)
@@ -254,9 +259,8 @@ class References:
             check_size(*size)
         except (BadImage, OSError) as error:
             self._skip(file, error)
-            return False
-        self._resized += size != self.size
-        return True
+            return None
+        return _Reference(file, prompt, kind, size != self.size, sniff(data) == "jpeg")
 
 
 def _caption(file: Path) -> str | None:

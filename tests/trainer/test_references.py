@@ -156,6 +156,12 @@ def test_other_sizes_are_resized_and_that_is_said(tmp_path: Path) -> None:
     assert "8 of 8 references are not 28x28" in known.note
 
 
+def test_references_that_went_through_jpeg_are_counted(tmp_path: Path) -> None:
+    folder = written(tmp_path / "some", 8)
+    Image.fromarray(picture(9)).save(folder / "photo.JPG")
+    assert "1 of 9 references are JPEG" in references(folder).note
+
+
 @given(st.integers(16, 70), st.integers(16, 70), st.integers(16, 70), st.integers(16, 70))
 def test_a_picture_of_the_size_passes_unchanged_and_any_other_keeps_its_middle(h: int, w: int, high: int, wide: int) -> None:
     source = picture(h * 71 + w, h, w)
