@@ -1,5 +1,5 @@
 """Run benchmarks: `make bench`, `python -m bench http --rounds 5`, `python -m bench trainer --quick`, `python -m bench algorithms`,
-`python -m bench rewriter`, `python -m bench two-policies`."""
+`python -m bench adversary`, `python -m bench rewriter`, `python -m bench two-policies`."""
 
 import argparse
 import sys
@@ -16,6 +16,10 @@ def main() -> int:
         from bench import algorithms
 
         return algorithms.main(sys.argv[2:])
+    if sys.argv[1:2] == ["adversary"]:
+        from bench import adversary
+
+        return adversary.main(sys.argv[2:])
     if sys.argv[1:2] == ["rewriter"]:
         from bench import rewriter
 

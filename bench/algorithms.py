@@ -160,15 +160,22 @@ def rewards(place: Path) -> Iterator[tuple[str, int]]:
     }
     config = place / "rewards.json"
     config.write_text(json.dumps({"threads": 1, "device": "cpu", "rewards": own, "default": ["detector"]}))
+    with serving(config) as told:
+        yield told
+
+
+@contextlib.contextmanager
+def serving(config: Path) -> Iterator[tuple[str, int]]:
+    """URL and pid of `verism-serve CONFIG`, which says what it says into service.log beside it."""
     port = process.free_port()
-    url = f"http://127.0.0.1:{port}"
-    with (place / "service.log").open("w") as log:
+    url, said = f"http://127.0.0.1:{port}", config.with_name("service.log")
+    with said.open("a") as log:
         server = process.start(config, port, log)
         try:
             try:
-                process.wait(url, server, 600)
+                process.wait(url, server, 1800)
             except RuntimeError as error:
-                raise RuntimeError(f"{error}: {(place / 'service.log').read_text()[-2000:]}") from error
+                raise RuntimeError(f"{error}: {said.read_text()[-2000:]}") from error
             yield url, server.pid
         finally:
             process.end([server], process.tree([server]), 30)

@@ -299,11 +299,11 @@ def plot(runs: Sequence[Run], chosen: Mapping[str, str], path: Path) -> None:
     plt.close(figure)
 
 
-def put(text: str, path: Path) -> None:
+def put(text: str, path: Path, start: str = START, end: str = END) -> None:
     """Replace what stands between the markers, or add it at the end."""
-    block, old = f"{START}\n{text}\n{END}", path.read_text()
-    if START in old and END in old:
-        path.write_text(old[: old.index(START)] + block + old[old.index(END) + len(END) :])
+    block, old = f"{start}\n{text}\n{end}", path.read_text()
+    if start in old and end in old:
+        path.write_text(old[: old.index(start)] + block + old[old.index(end) + len(end) :])
     else:
         path.write_text(f"{old.rstrip()}\n\n{block}\n")
 
