@@ -177,7 +177,11 @@ def _telling(told: Judged, resamples: Resamples) -> list[Table]:
             figure = interval(value, draws, min(len(real), len(fake)), resamples.level)
             above = resamples.mean([*told.values[measure.name][one.name]][: len(fake)], (fake > 0.5).astype(np.float64), True)
             called = above if measure.unit else NOTHING
-            row = {"measure": measure.name, "contestant": one.name, "verdict": verdict(figure, called)}
+            row = {
+                "measure": measure.name,
+                "contestant": one.name,
+                "verdict": "" if told.kinds[one.name] == PHOTOGRAPHS else verdict(figure, called),
+            }
             out.append({**row, **plain(figure), "called_real": plain(called)})
     return out
 
