@@ -174,10 +174,12 @@ def test_two_runs_side_by_side_that_grow(watching: Any, open_page: Any, tmp_path
 def test_all_there_is_to_see(watching: Any, open_page: Any, tmp_path: Path, context: Any) -> None:
     folder = a_run(tmp_path / "r", [evaluation(0)], grids=[0])
     for n in range(1, 41):
-        refitted = {"version": 3 + n // 10, "refits": n // 10, "accuracy": 0.9}
+        refitted = {"version": 3 + n // 10, "refits": n // 10, "kept_out": 0}
+        if n % 10 == 0:
+            refitted |= {"accuracy": 0.85 + n / 1000, "loss": 3 / n}
         more = {f"adversary/detector/{key}": value for key, value in refitted.items()}
         append(folder, [step(n, kl=n / 100, grad_norm=1 / n, **more, **{"rewrites/words": n})])
-    append(folder, [evaluation(40, **{"over_none/total": 0.5})])
+    append(folder, [evaluation(40, **{"over_none/total": 0.5, "adversary/detector/gap": 0.3})])
     (folder / "rewrites").mkdir()
     row = {"id": 0, "prompt": "a bag", "rewrite": "a worn leather bag on a table", "rewards": {"detector": 0.25}}
     (folder / "rewrites" / "step_000040.jsonl").write_text(12 * (json.dumps(row) + "\n"))
@@ -189,7 +191,13 @@ def test_all_there_is_to_see(watching: Any, open_page: Any, tmp_path: Path, cont
     rewrites = page.inner_text("#rewrites")
     assert "a worn leather bag on a table" in rewrites and "detector 0.25" in rewrites and "8 more" in rewrites
     detectors = page.inner_text("#detectors")
-    assert "4 refits" in detectors and "accuracy 0.9" in detectors and "held out" in detectors and "detector: version" in detectors
+    assert (
+        "4 refits" in detectors
+        and "accuracy 0.89" in detectors
+        and "accuracy at refits" in detectors
+        and "held out" in detectors
+        and "detector: version" in detectors
+    )
     page.click("#more summary")
     page.wait_for_selector("#more svg")
     assert page.locator("svg path[d*=NaN], svg [y1*=NaN], svg [cx*=NaN]").count() == 0

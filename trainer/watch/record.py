@@ -156,8 +156,8 @@ class Record:
         known = self._versions.setdefault(plain(name, 80), {})
         if what == "version" and known.get("version") not in (None, number):
             known["changes"] = [*known.get("changes", []), step][-200:]
-        if what == "kept_out" and number > 0:
-            self._warn(f"kept out {name}", step, f"a refit of {plain(name, 80)} was kept out: it was worse than what serves")
+        if what == "kept_out" and number > known.get("kept_out", 0):  # counted from the run's start
+            self._warn(f"kept out {name}", step, f"a refit of {plain(name, 80)} was kept out or failed: the version before goes on")
         if len(known) < 20 or what in known:
             known[what] = number
 

@@ -9,7 +9,7 @@ const open = new Set(); // details that somebody opened
 let boot = "";
 
 const named = (entries) => Object.assign(Object.create(null), entries); // keys come from outside: "constructor" may be one
-const PARTS = named({ rewrite: ["rewriting", 3], sample: ["sampling", 0], decode: ["decoding", 5], encode: ["text encoding", 6], wait: ["waiting for rewards", 1], train: ["training", 2], fit: ["refitting detectors", 4] });
+const PARTS = named({ rewrite: ["rewriting", 3], sample: ["sampling", 0], decode: ["decoding", 5], encode: ["text encoding", 6], wait: ["waiting for rewards", 1], train: ["training", 2], refit: ["refitting detectors", 4] });
 const TITLES = named({
   "reward/total_mean": "Trained reward ↑", "reward/total": "Trained reward ↑", distance: "Distance to photographs ↓", kernel_distance: "Kernel distance ↓",
   class_hit: "Class hit ↑", heldout_cnn: "Held-out CNN, log-odds ↑", heldout_spectrum: "Held-out spectrum, log-odds ↑",
@@ -187,14 +187,10 @@ function chart(title, lines, { note = "", marks = [], between = null, zero = fal
       if (Number.isInteger(v)) svg.append(el("svg:text", { x: x(v), y: height - 5, "text-anchor": v === first ? "start" : v === last ? "end" : "middle" }, String(v)));
     }
     const path = (line, of) => {
-      let out = "", pen = false;
+      let out = ""; // what is measured now and then is joined
       line.at.forEach((step, n) => {
         const v = of(n);
-        if (v === null) pen = false;
-        else {
-          out += `${pen ? "L" : "M"}${x(step).toFixed(1)} ${y(v).toFixed(1)}`;
-          pen = true;
-        }
+        if (v !== null) out += `${out ? "L" : "M"}${x(step).toFixed(1)} ${y(v).toFixed(1)}`;
       });
       return out;
     };
@@ -267,17 +263,17 @@ const has = (column) => column !== undefined && column.some((v) => v !== null);
 const still = (column) => new Set(column.filter((v) => v !== null)).size < 2;
 const alarms = (run) => run.whole.alarms.map((alarm) => ({ at: alarm.step, kind: "alarm", k: several() ? run.colour : null }));
 
-function over(kind, key, title = TITLES[key] ?? key) {
+function over(kind, key, title = TITLES[key] ?? key, more = []) {
   // One chart of a number, all runs in it.
-  const lines = [], marks = [];
+  const lines = [], marks = [...more];
   for (const run of shown()) {
     const table = run[kind], values = table.columns[key];
     if (!has(values)) continue;
     marks.push(...alarms(run));
     const error = table.columns[key.replace(/\/mean$|_mean$/, (end) => (end === "/mean" ? "/sem" : "_sem"))];
     const line = { label: several() ? run.brief.name : "now", k: run.colour, at: table.at, values };
-    const noisy = kind === "train" && values.length > 12;
-    if (noisy) lines.push({ ...line, label: null, kind: "thin" }, { ...line, values: smooth(values), kind: "plain" });
+    const noisy = kind === "train" && !/\/version$|^lr$/.test(key) && values.filter((v) => v !== null).length > 12;
+    if (noisy) lines.push({ ...line, kind: "thin" }, { ...line, label: null, values: smooth(values), kind: "plain" });
     else lines.push({ ...line, error: kind === "evals" && key !== "distance" && error !== values ? error : undefined });
   }
   return lines.length ? chart(title, lines, { marks }) : null;
@@ -393,7 +389,10 @@ const evalKeys = () => [
   ...keys("evals").filter((key) => key.startsWith("heldout_")), ...rewardKeys(),
 ];
 const trainKeys = () => TRAINING.filter((key) => moves("train", key));
-const adversaryKeys = () => keys("train").filter((key) => /^adversary\/.+\/(accuracy|version|gap|loss)$/.test(key)).sort();
+const adversaryKeys = () => [
+  ...keys("train").filter((key) => /^adversary\/.+\/(accuracy|version|loss)$/.test(key) && moves("train", key)).map((key) => ["train", key]),
+  ...keys("evals").filter((key) => /^adversary\/.+\/gap$/.test(key)).map((key) => ["evals", key]),
+].sort(([, a], [, b]) => (a < b ? -1 : 1));
 const writerKeys = () => [
   ...Object.entries(WRITER).filter(([key]) => keys("evals").includes(key)).map(([key, title]) => ["evals", key, title]),
   ...keys("train").filter((key) => /^(rewrites|penalty)\//.test(key) && moves("train", key)).map((key) => ["train", key]),
@@ -458,9 +457,11 @@ function showDetectors() {
   });
   place($("detectors").querySelector(".cards"), cards);
   const charts = [];
-  for (const key of adversaryKeys()) {
-    const [, name, what] = key.split("/");
-    const node = over("train", key, `${name}: ${what}`);
+  for (const [kind, key] of adversaryKeys()) {
+    const [, name, what] = key.split("/"), changed = (run) => (Object.hasOwn(run.whole.detectors, name) ? run.whole.detectors[name].changes ?? [] : []);
+    const title = { accuracy: `${name}: accuracy at refits ↑`, gap: `${name}: references above samples ↓`, version: `${name}: version` }[what];
+    const marks = what === "accuracy" ? shown().flatMap((run) => changed(run).map((at) => ({ at, kind: "change", k: run.colour }))) : [];
+    const node = over(kind, key, title ?? `${name}: ${what}`, marks);
     if (node) charts.push(node);
   }
   place($("detectors").querySelector(".charts"), charts);
@@ -481,7 +482,7 @@ function showRewrites() {
 }
 
 function otherKeys() {
-  const used = new Set([...evalKeys().map((key) => `evals ${key}`), ...trainKeys().map((key) => `train ${key}`), ...adversaryKeys().map((key) => `train ${key}`), ...writerKeys().map(([kind, key]) => `${kind} ${key}`)]);
+  const used = new Set([...evalKeys().map((key) => `evals ${key}`), ...trainKeys().map((key) => `train ${key}`), ...adversaryKeys().map(([kind, key]) => `${kind} ${key}`), ...writerKeys().map(([kind, key]) => `${kind} ${key}`)]);
   const dull = /^seconds\/|^gain\/|_?sem$|^n$|^reward\/total(_mean|_std)?$/;
   return ["evals", "train"].flatMap((kind) => keys(kind).filter((key) => !used.has(`${kind} ${key}`) && !dull.test(key)).map((key) => [kind, key, TITLES[key] ?? (kind === "evals" ? `${key} (evaluations)` : key)]));
 }

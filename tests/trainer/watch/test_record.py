@@ -83,7 +83,10 @@ def test_warnings(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "r", [evaluation(0)])
     record = Record(folder, "b")
     append(folder, [step(n, failed_scores=3, failures={"detector: timeout": 3}) for n in (1, 2, 3)])
-    append(folder, [step(4, skipped=True), step(5, grad_norm=None), step(6, **{"adversary/detector/kept_out": 1})])
+    append(
+        folder,
+        [step(4, skipped=True), step(5, grad_norm=None), *(step(n, **{"adversary/detector/kept_out": 1}) for n in (6, 7, 8))],
+    )
     append(folder, [evaluation(10, distance=90.0)])
     kept(folder, lambda line: None)({"kind": "note", "step": 7, "text": "the disk is full"})
     told = look(record)
@@ -91,7 +94,7 @@ def test_warnings(tmp_path: Path) -> None:
     assert texts[0] == "the trained reward has risen by 1.00 while distance got worse: look at the pictures"
     assert texts[1:] == [
         "the disk is full",
-        "a refit of detector was kept out: it was worse than what serves",
+        "a refit of detector was kept out or failed: the version before goes on",
         "grad_norm was not a finite number",
         "nothing was learned in this step: no group had scores that differ",
         "3 scores were missing: detector: timeout (3)",
