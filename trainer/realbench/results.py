@@ -302,13 +302,12 @@ def _notes(told: Judged) -> list[str]:
         out.append(
             "some contestants have pictures of the prompts and others have not: those are compared as sets, not prompt by prompt"
         )
-    for measure in told.measures:
-        rows = [told.outside[one.name, measure.name] for one in told.entries if (one.name, measure.name) in told.outside]
-        outside, count = sum(row[0] for row in rows), sum(row[1] for row in rows)
-        if count and outside > 0.2 * count:
+    for (name, measure), (outside, count) in told.outside.items():
+        if outside > 0.2 * count:
             out.append(
-                f"{measure.name} says of {outside / count:.0%} of the pictures that they are not of the kind it was fitted on: its "
-                "numbers mean little for them. Serve a detector for such pictures (docs/rewards-detectors.md), and name it under detectors"
+                f"{name}: {measure} says of {outside / count:.0%} of the pictures that they are not of the kind it was fitted on; "
+                "its numbers mean little for them. Serve a detector for such pictures "
+                "(docs/rewards-detectors.md), and name it under detectors of a bench"
             )
     for name, why in told.away.items():
         out.append(f"{name} stopped answering ({why}); the same command asks for what is missing, and nothing twice")

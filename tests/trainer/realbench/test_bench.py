@@ -93,6 +93,14 @@ def test_a_service_that_goes_away_half_way_is_resumed(world: Path, capsys: pytes
     assert figure(results(world), "dark", "real")["n"] == 40
 
 
+def test_pictures_that_a_detector_does_not_know_are_said(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(world / "bright", 0.96, [f"x{i}" for i in range(10)], seed=6)
+    with stub.serve() as service:
+        assert run(world, [str(world / "bright")], bench(world / "b.yaml", service.url, **options(world))) == 0
+    said = capsys.readouterr().out
+    assert "bright: real says of" in said and "not of the kind it was fitted on" in said and "photographs: real says" not in said
+
+
 def test_a_killed_bench_leaves_half_a_line_and_goes_on(world: Path) -> None:
     with stub.serve() as service:
         file = bench(world / "b.yaml", service.url, **options(world))
