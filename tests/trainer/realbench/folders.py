@@ -35,7 +35,7 @@ def bench(path: Path, url: str, **more: Any) -> Path:
         "arena": {"reward": "pairs", "url": url, "pairs": 40},
         "features": None,
         "bootstrap": {"rounds": 200},
-        "timeout_s": 2,
+        "timeout_s": 100,
     }
     path.write_text(yaml.safe_dump(raw | more))
     return path

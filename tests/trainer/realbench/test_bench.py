@@ -83,7 +83,7 @@ def test_a_service_that_goes_away_half_way_is_resumed(world: Path, capsys: pytes
     folders = [str(world / "dark")]
     with stub.serve(most=130) as service:
         file = bench(world / "b.yaml", service.url, **options(world))
-        assert run(world, folders, file) == 1
+        assert run(world, folders, file, "--set", "timeout_s=5") == 1
         assert "stopped answering" in capsys.readouterr().out
         before = list(service.asked)
         assert 0 < len(before) <= 130
