@@ -196,7 +196,8 @@ class Room:
         async with self._one:
             if self.running:
                 raise Refitting(f"{self.name} is being refitted: wait until that is done (GET fit)")
-            real, generated = (list(self._waiting[one].values()) for one in SIDES)
+            used = {side: dict(some) for side, some in self._waiting.items()}
+            real, generated = (list(used[side].values()) for side in SIDES)
             least = self.options.least
             for side, some in (("real", real), ("generated", generated)):
                 if (count := len({one.key for one in some})) < least:
@@ -206,7 +207,7 @@ class Room:
                         observed=count,
                     )
             try:
-                learned, proof = split(real, generated, self.options.held_out)
+                learned, proof = await asyncio.to_thread(split, real, generated, self.options.held_out)
             except ValueError as error:
                 raise Invalid(str(error)) from error
             warnings = [*warnings_of(real, generated), *self._heard()]
@@ -214,7 +215,9 @@ class Room:
                 warnings.append("a version that had been fitted and was not published is forgotten")
                 await asyncio.to_thread(self.store.forget_after, self.at.version)
                 self._candidate = None
-            self._clear()
+            for side in SIDES:  # what came meanwhile waits for the next one
+                self._waiting[side] = {name: one for name, one in self._waiting[side].items() if name not in used[side]}
+            self._observe()
             self._began = time.monotonic()
             self._told = FitState(
                 outcome="running",
