@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from shared.errors import BadImage
 from shared.image import decode, from_file
 from trainer.config import ConfigError
+from trainer.references import fitted
 
 FORMS = 'a folder of NAME.png with NAME.txt, a JSONL of {"image": ..., "prompt": ...}, or an npz of images and prompts'
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".qoi")
@@ -55,14 +55,7 @@ class RealPictures:
                 raise ConfigError(f"loss.real: {source}: {error}") from error
         else:
             pixels = source
-        height, width = self.size
-        if pixels.shape[:2] == (height, width):
-            return pixels
-        scale = min(pixels.shape[0] / height, pixels.shape[1] / width)
-        high, wide = scale * height, scale * width
-        top, left = (pixels.shape[0] - high) / 2, (pixels.shape[1] - wide) / 2
-        box = (left, top, left + wide, top + high)
-        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))
+        return fitted(pixels, *self.size)
 
 
 def _folder(path: Path) -> tuple[list[Path], list[str]]:
