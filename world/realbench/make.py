@@ -76,7 +76,8 @@ def main() -> None:
     folder = parser.parse_args().contestants
     real = chosen(0)
     if folder is None:
-        (HERE / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts()))
+        rows = sorted(prompts(), key=lambda row: str(row["id"])[-2:])  # classes in turn, so that the first N are of every class
+        (HERE / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save(real, HERE / "photographs")
         return
     save(chosen(1), folder / "again")
