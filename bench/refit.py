@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of one measurement (default 10)")
     parser.add_argument("--requests", type=int, default=10_000, help="at least, across the swaps (default 10000)")
     parser.add_argument("--swaps", type=int, default=20, help="versions that are published meanwhile (default 20)")
-    parser.add_argument("--share", type=float, default=0.5, help="of a core for the refit while scoring goes on (default 0.5)")
+    parser.add_argument("--share", type=float, default=0.25, help="of a core for the refit while scoring goes on (default 0.25)")
     parser.add_argument("--lora", type=int, default=0, help="rank of a LoRA on the backbone; 0 fits the head alone")
     options = parser.parse_args(argv)
     if options.quick:

@@ -56,7 +56,7 @@ class FitOptions(BaseModel):
     least: int = Field(default=8, ge=4, description="pictures of each side")
     keep: int = Field(default=4, ge=1, description="newest versions that can be rolled back to")
     snapshots: int = Field(default=64, ge=1, description="snapshots that are kept beside these; the oldest leaves")
-    share: float = Field(default=0.5, gt=0, le=1, description="of a core's time, while something is being scored")
+    share: float = Field(default=0.25, gt=0, le=1, description="of a core's time, while something is being scored")
     threads: int = Field(default=1, ge=1, le=64, description="CPU threads of a refit's forward and backward passes")
     waiting_bytes: int = Field(default=512 * 2**20, ge=2**20, description="pixels that may wait for a refit")
     seed: int = 0
