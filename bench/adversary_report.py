@@ -9,9 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bench.adversary import ARMS, KIND, ROOT, WAYS, looks, tiles
 from bench.algorithms import lines
-from bench.algorithms_report import PICTURES, at, common_steps, photographs, put, spread
+from bench.algorithms_report import PICTURES as USUAL
+from bench.algorithms_report import at, common_steps, photographs, put, spread
 
 START, END = "<!-- adversary: written by make bench-adversary -->", "<!-- end of adversary -->"
 DOCUMENT, IMAGES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
@@ -75,13 +78,23 @@ def read(out: Path) -> list[Run]:
                 "seed": int(folder.name.removeprefix("seed")),
                 "folder": str(folder.relative_to(out)),
                 "evaluations": evaluations,
-                "seconds": {step["step"]: PICTURES / step["pictures/second"] for step in steps},
+                "pictures": (pictures := pictures_of(folder)),
+                "seconds": {step["step"]: pictures / step["pictures/second"] for step in steps},
                 "refit_seconds": {step["step"]: step["seconds/refit"] for step in steps if "seconds/refit" in step},
                 "accuracy_before_refit": fresh,
                 "costs": [json.loads(line) for line in costs.read_text().splitlines()] if costs.is_file() else [],
             }
         )
     return runs
+
+
+def pictures_of(folder: Path) -> int:
+    """Of a step, by the run's own configuration."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return USUAL
+    group = yaml.safe_load(path.read_text())["group"]
+    return int(group["prompts"] * group["size"])
 
 
 def grouped(runs: Sequence[Run], way: str, names: Sequence[str] = COMPARED) -> dict[str, list[Run]]:
@@ -192,8 +205,8 @@ def ahead(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
         closer = sum(own[seed]["distance"] < frozen[seed]["distance"] for seed in seeds)
         hits = sum(own[seed]["class_hit"] > frozen[seed]["class_hit"] for seed in seeds)
         out.append(
-            f"- {ARMS[name].label} against frozen after {PICTURES * step} pictures: smaller distance in {closer} of {len(seeds)} seeds, "
-            f"higher class hit in {hits} of {len(seeds)}"
+            f"- {ARMS[name].label} against frozen after {group[0]['pictures'] * step} pictures: smaller distance in "
+            f"{closer} of {len(seeds)} seeds, higher class hit in {hits} of {len(seeds)}"
         )
     return out
 
@@ -220,7 +233,9 @@ def transfer(runs: Sequence[Run], wanted: int) -> list[str]:
             label = f"{KIND}s" if name == TRANSFER else "all classes"
             rows.append(
                 "| "
-                + " | ".join([label, seeds, str(PICTURES * step), shares, *cells, ", ".join(str(e["version"]) for e in told)])
+                + " | ".join(
+                    [label, seeds, str(group[0]["pictures"] * step), shares, *cells, ", ".join(str(e["version"]) for e in told)]
+                )
                 + " |"
             )
     return rows
@@ -234,7 +249,7 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
     text = [
         "## Detectors that learn along (`make bench-adversary`)",
         "",
-        f"{datetime.now(UTC).date()}, {os.cpu_count()} cores{load}; {PICTURES} pictures a step, evaluations of {samples}.",
+        f"{datetime.now(UTC).date()}, {os.cpu_count()} cores{load}; {runs[0]['pictures']} pictures a step, evaluations of {samples}.",
         "The small world, policy and settings of recipe `world`; refits as recipes `realgen_v2_small` and `adv_grpo_dino_small` and",
         "`examples/serve/adversary.yaml` have them. Alone: the detector is all that is trained on, no KL. With alignment and KL: half the",
         "weight is alignment's, `kl.weight` 0.003. Mean over seeds, with the range. The judge is nobody's reward. Accuracy and AUC: how well",
@@ -249,7 +264,7 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
         for step in steps:
             found = there(groups, step)
             text += [
-                f"After {PICTURES * step} pictures (step {step}):",
+                f"After {runs[0]['pictures'] * step} pictures (step {step}):",
                 "",
                 *table(step, found, real),
                 "",
@@ -295,7 +310,11 @@ def plot(runs: Sequence[Run], path: Path) -> None:
                 if not steps:
                     continue
                 values = [[(at(run, step) or {})[key] for run in group] for step in steps]
-                x, colour, style = [PICTURES * step for step in steps], f"C{COMPARED.index(name)}", "-" if way == "alone" else "--"
+                x, colour, style = (
+                    [group[0]["pictures"] * step for step in steps],
+                    f"C{COMPARED.index(name)}",
+                    "-" if way == "alone" else "--",
+                )
                 means = [statistics.fmean(v) for v in values]
                 axis.plot(
                     x, means, style, marker="o", markersize=3, color=colour, label=f"{ARMS[name].label}, {way} ({len(group)})"
@@ -355,7 +374,7 @@ def write(out: Path, wanted: int, document: bool, say: Callable[[str], None] = p
     real = photographs()
     text = section(runs, wanted, real)
     stamp = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine(), "cores": os.cpu_count()}
-    result = {**stamp, "pictures_a_step": PICTURES, "photographs": real, "runs": runs}
+    result = {**stamp, "photographs": real, "runs": runs}
     target, images = (RESULT, IMAGES) if document else (out / "adversary.json", out)
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")

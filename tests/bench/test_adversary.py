@@ -159,6 +159,10 @@ def test_the_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     for arm, way in ALL:
         made(out, arm, way, {0: 30.0, 2: 12.0, 4: 15.0})
     made(out, "frozen", "alone", {0: 30.0, 2: 10.0}, seed=1)
+    (out / "frozen/alone/seed0/config.yaml").write_text("group: {prompts: 4, size: 12}")
+    told = {run["seed"]: run for run in adversary_report.read(out) if run["arm"] == "frozen" and run["way"] == "alone"}
+    assert {seed: (run["pictures"], run["seconds"][1]) for seed, run in told.items()} == {0: (48, 1.25), 1: (384, 10.0)}
+    (out / "frozen/alone/seed0/config.yaml").unlink()
     assert adversary.main(["--report", "--steps", "4", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert said.strip() == (out / "adversary.md").read_text().strip()
