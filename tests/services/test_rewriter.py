@@ -127,7 +127,7 @@ def test_an_adapter_of_the_trainer_is_merged(folder: Path, tmp_path: Path) -> No
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.trainable().items():
         parameter.data += (0.3 if "lora_B" in name else 0.0) * torch.randn(parameter.shape, generator=generator)
-    policy.save(tmp_path / "adapter", quiet=True)
+    policy.save(tmp_path / "adapter")
     plain = LanguageModel(folder, **SMALL)
     merged = LanguageModel(folder, tmp_path / "adapter", **SMALL)
     drawn = merged.draw([Question(merged.ids(BAG), seed, 1.0, 12) for seed in range(3)])

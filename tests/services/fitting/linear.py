@@ -43,7 +43,7 @@ def features(items: Sequence[Item]) -> Tensor:
     """(B, 3 * GRID * GRID) in [-0.5, 0.5]."""
     rows = []
     for item in items:
-        pixels = torch.from_numpy(np.ascontiguousarray(item.image)).permute(2, 0, 1)[None].float()
+        pixels = torch.from_numpy(item.image.copy()).permute(2, 0, 1)[None].float()
         rows.append(torch.nn.functional.adaptive_avg_pool2d(pixels, GRID).flatten() / 255 - 0.5)
     return torch.stack(rows)
 
