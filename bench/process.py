@@ -28,10 +28,13 @@ def free_port() -> int:
 def start(
     config: str | Path, port: int, stderr: int | IO[str] = subprocess.PIPE, variables: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """`verism-serve CONFIG --port PORT` with one thread a forward pass, and with `variables` beside those of this process."""
+    """`verism-serve CONFIG --port PORT` with one thread a forward pass, and with `variables` beside those of this process.
+
+    In a session of its own: Ctrl-C is for whoever started it, and who asks it for scores goes on having them until that one ends it.
+    """
     command = [sys.executable, "-m", "services", str(config), "--port", str(port)]
     environment = {**os.environ, **ENVIRONMENT, **(variables or {})}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
 
 
 def wait(url: str, process: subprocess.Popen[bytes] | None = None, limit_s: float = 90.0) -> None:
