@@ -6,18 +6,17 @@ tests/e2e/test_adversary.py.
 """
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
 
 from shared import wire
 from shared.fit_wire import FitState
+from tests.answering import Answering, serving
 
 
 @dataclass(frozen=True)
@@ -147,18 +146,8 @@ def serve() -> Iterator[Refitting]:
     """Scores and admin routes on one free port while inside."""
     service = Refitting()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
-
-        def _answer(self, status: int, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
 
         def _any(self) -> None:
             data = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -166,28 +155,28 @@ def serve() -> Iterator[Refitting]:
             if self.path == "/v1/rewards":
                 known = [("brightness", service.version), ("darkness", 1)]
                 told: dict[str, Any] = {"rewards": [{"name": name, "range": [0, 1], "version": n} for name, n in known]}
-                return self._answer(200, "application/json", json.dumps(told).encode())
+                return self._send(200, json.dumps(told).encode(), "application/json")
             if self.path == "/score":
-                return self._answer(*self._scores(body))
+                return self._send(*self._scores(body))
             if self.headers.get("authorization") != "Bearer secret":
                 refused = {"type": "urn:verism:unauthorised", "title": "no such key", "retryable": False}
-                return self._answer(401, "application/problem+json", json.dumps(refused).encode())
+                return self._send(401, json.dumps(refused).encode(), "application/problem+json")
             if "/brightness/" not in self.path:
                 status, told = 404, {"type": "urn:verism:unknown-reward", "title": "darkness has no `fit:`", "retryable": False}
             else:
                 status, told = service.admin(self.command, self.path.rpartition("/")[2], body)
-            return self._answer(status, "application/json", json.dumps(told).encode())
+            return self._send(status, json.dumps(told).encode(), "application/json")
 
         do_GET = do_POST = do_DELETE = _any
 
-        def _scores(self, request: dict[str, Any]) -> tuple[int, str, bytes]:
+        def _scores(self, request: dict[str, Any]) -> tuple[int, bytes, str]:
             if service.before_score is not None:
                 service.before_score(service)
             service.asked.append((request["rewards"], request["require_version"], len(request["items"])))
             pinned = (request["require_version"] or {}).get("brightness", service.version)
             if pinned != service.version:
                 problem = {"type": "urn:verism:wrong-version", "title": f"serves {service.version}", "retryable": False}
-                return 409, "application/problem+json", json.dumps(problem).encode()
+                return 409, json.dumps(problem).encode(), "application/problem+json"
             slope, items = service.versions[service.version].slope, []
             for item in request["items"]:
                 bright = _brightness(item["image"]["data"])
@@ -198,16 +187,7 @@ def serve() -> Iterator[Refitting]:
             known = {"brightness": service.version, "darkness": 1}
             rewards = {name: {"version": known[name], "preprocessing": "none"} for name in request["rewards"]}
             answer = {"request_id": request["request_id"], "rewards": rewards, "items": items}
-            return 200, wire.MSGPACK, msgspec.msgpack.encode(answer)
+            return 200, msgspec.msgpack.encode(answer), wire.MSGPACK
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    service.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as service.url:
         yield service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

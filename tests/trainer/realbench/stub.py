@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from PIL import Image
 
 from shared import wire
 from shared.schema import Problem
+from tests.answering import Answering, serving
 
 GONE = Problem(type="urn:verism:busy", title="gone for the test", retryable=True, status=503)
 
@@ -92,18 +92,8 @@ def chat(stub: Stub, request: dict[str, Any]) -> dict[str, Any] | None:
 def serve(**options: Any) -> Iterator[Stub]:
     stub = Stub(**options)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
-
-        def _answer(self, status: int, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
 
         def do_GET(self) -> None:
             infos = [
@@ -112,7 +102,7 @@ def serve(**options: Any) -> Iterator[Stub]:
                 {"name": "fit", "needs": ["prompt"], "version": stub.version, "preprocessing": "none"},
                 {"name": "pairs", "mode": "pairwise", "needs": ["references"], "version": stub.version, "preprocessing": "none"},
             ]
-            self._answer(200, "application/json", json.dumps({"rewards": infos}).encode())
+            self._send(200, json.dumps({"rewards": infos}).encode(), "application/json")
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
@@ -120,19 +110,10 @@ def serve(**options: Any) -> Iterator[Stub]:
             request = json.loads(body) if talk else msgspec.msgpack.decode(body)
             answer = (chat if talk else pairs if self.path == "/v1/compare" else scores)(stub, request)
             if answer is None:
-                return self._answer(503, "application/problem+json", GONE.model_dump_json().encode())
+                return self._send(503, GONE.model_dump_json().encode(), "application/problem+json")
             if talk:
-                return self._answer(200, "application/json", json.dumps(answer).encode())
-            return self._answer(200, wire.MSGPACK, msgspec.msgpack.encode(answer))
+                return self._send(200, json.dumps(answer).encode(), "application/json")
+            return self._send(200, msgspec.msgpack.encode(answer), wire.MSGPACK)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    stub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as stub.url:
         yield stub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
