@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from starlette.testclient import TestClient
 
 from bench.process import running
@@ -27,16 +27,16 @@ from services.page import MAPS_AT_ONCE
 from services.reward import Item
 from shared.image import encode
 from shared.schema import RewardInfo, Score
+from tests.browser.chromium import needs_chromium
 from world import photographs
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=document.title='owned'> $(touch owned) `touch owned` 'q' \"d\" \\ %41 é"
 in_a_browser = [
     pytest.mark.e2e,
     pytest.mark.xdist_group("page"),  # one browser and one service of each kind, however many workers there are
     pytest.mark.timeout(600),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install it (Debian: apt-get install chromium)"),
+    needs_chromium,
 ]
 
 
@@ -66,14 +66,6 @@ class Drawn:
         grey = image[:height, :width].mean(2)
         patches: NDArray[np.float32] = grey.reshape(4, height // 4, 4, width // 4).mean((1, 3)).astype(np.float32)
         return patches
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 def serve(config: str | Path, **variables: str) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """A browser shows the report: nothing in its console, curves and grids painted, no address asked."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser.chromium import CHROMIUM, needs_chromium
 from trainer.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
     "--headless",
     "--no-sandbox",
@@ -39,9 +38,7 @@ def a_run(folder: Path) -> Path:
 
 
 @pytest.mark.e2e
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here: install it (Debian: apt-get install chromium) to see the page rendered"
-)
+@needs_chromium
 @pytest.mark.parametrize("width", [500, 1280])
 def test_the_report_renders(tmp_path: Path, width: int) -> None:
     page = write_report(a_run(tmp_path / "run"))
@@ -57,9 +54,7 @@ def test_the_report_renders(tmp_path: Path, width: int) -> None:
         assert near > least, f"{name}: {near} pixels"
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here: install it (Debian: apt-get install chromium) to see the page rendered"
-)
+@needs_chromium
 def test_a_page_with_a_mistake_is_noticed(tmp_path: Path) -> None:
     """The check above can fail: a script that throws does reach the console's log."""
     page = tmp_path / "bad.html"

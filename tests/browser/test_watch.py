@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
+from tests.browser.chromium import needs_chromium
 from tests.trainer.run.service import recipe, serve
 from tests.trainer.watch.runs import a_grid, a_run, append, evaluation, step
 from trainer.watch.server import Server, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\u202e"
 COLOURS = {"first run": (0x00, 0x72, 0xB2), "second run": (0xD5, 0x5E, 0x00), "grid": (200, 30, 160)}
@@ -31,16 +31,8 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.xdist_group("watch"),
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install it (Debian: apt-get install chromium)"),
+    needs_chromium,
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
