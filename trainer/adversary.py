@@ -157,7 +157,7 @@ class Adversary:
                     continue
                 with suppress(RequestFailed, ServiceUnreachable):  # `refitted` does it again, and says what is wrong
                     self._detectors[name].begin(*self._sides(fakes, step))
-                self._begun.add(name)
+                    self._begun.add(name)
 
         self._by_first(work)
 

@@ -144,6 +144,22 @@ def test_overlap_begins_with_the_next_step_and_is_served_after_it(service: Refit
     assert len(service.fits) == 3
 
 
+def test_an_overlapped_refit_that_cannot_begin_is_no_success(service: Refitting, tmp_path: Path) -> None:
+    """The service still tells how the refit before went: published."""
+
+    def refuse(service: Refitting) -> None:
+        service.fault = "refuse" if service.version == 2 else ""
+
+    service.before_score = refuse
+    seen: list[dict[str, Any]] = []
+    run(config(service.url, {"overlap": True}), tmp_path / "run", tell=seen.append)
+    lines = steps(tmp_path / "run")
+    assert [line["adversary/brightness/version"] for line in lines] == [1, 2, 2, 2]
+    assert [line["adversary/brightness/refits"] for line in lines] == [0, 1, 1, 1]
+    assert [line["adversary/brightness/kept_out"] for line in lines] == [0, 0, 1, 2]
+    assert sum("too few real pictures" in line["text"] for line in seen if line["kind"] == "note") == 2
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_killed_and_resumed_both_sides_go_on_in_step(overlap: bool, tmp_path: Path) -> None:
     """The trainer is thrown away after step 3, its checkpoint after it too, and the service has gone on to versions that are forgotten."""
