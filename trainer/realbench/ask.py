@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared.panel import Look, Panel
-from shared.schema import Problem, RewardInfo, Score
+from shared.schema import RewardInfo, Score
 from trainer.realbench.chat import REAL_OR_FAKE, Chat, real_or_fake
 from trainer.realbench.ledger import Ledger, Row, digest
-from trainer.realbench.pictures import Entry, Looked, Picture, pixels
+from trainer.realbench.pictures import Entry, Looked, Picture, Pixels, seen
 
 _CHUNK = 64  # answers of a judge that are written at once
 Tell = Callable[[int], None]
@@ -41,14 +41,14 @@ FIELDS = ("question", "sha", "prompt")
 
 def wanted(entry: Entry, looked: Mapping[str, Looked], question: str, info: RewardInfo | None, ledger: Ledger) -> list[Picture]:
     """The pictures that this question has no answer for."""
-    out, seen = list[Picture](), set[tuple[str, str, str]]()
+    out, asked = list[Picture](), set[tuple[str, str, str]]()
     for picture in entry.pictures:
         seen_as = looked[picture.key]
         if seen_as.problem is not None or (info is not None and "prompt" in info.needs and picture.prompt is None):
             continue
         place = key(question, picture, seen_as.sha, info)
-        if place not in seen and not ledger.settled(*place):
-            seen.add(place)
+        if place not in asked and not ledger.settled(*place):
+            asked.add(place)
             out.append(picture)
     return out
 
@@ -98,13 +98,7 @@ def _answers(
 
 
 def _look(picture: Picture) -> Look:
-    def read() -> tuple[object, str | None]:
-        image = pixels(picture.path)
-        if isinstance(image, Problem):
-            raise FileNotFoundError(f"{image.title}; it could be read a moment ago")
-        return image, None if picture.prompt is None else picture.prompt.text
-
-    return read  # type: ignore[return-value]
+    return lambda: (seen(picture), None if picture.prompt is None else picture.prompt.text)
 
 
 def told(score: Score) -> Row:
@@ -125,9 +119,8 @@ def chat(judge: Chat, entry: Entry, looked: Mapping[str, Looked], ledger: Ledger
             break
         chunk = open_[start : start + _CHUNK]
 
-        def ask(picture: Picture) -> Callable[[], tuple[str, list]]:  # type: ignore[type-arg]
-            look = _look(picture)
-            return lambda: (text, [look()[0]])
+        def ask(picture: Picture) -> Callable[[], tuple[str, list[Pixels]]]:
+            return lambda: (text, [seen(picture)])
 
         for i, said in judge.ask_all([ask(picture) for picture in chunk]):
             value = None if said.text is None else real_or_fake(said.text)

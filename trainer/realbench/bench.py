@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shared.arena import Service
 from shared.panel import Panel
-from shared.schema import Problem, RewardInfo
+from shared.schema import RewardInfo
 from trainer.config import ConfigError
 from trainer.honesty import Monitors
 from trainer.realbench import ask, draw, meet
@@ -25,7 +25,7 @@ from trainer.realbench.chat import REAL_OR_FAKE, Chat
 from trainer.realbench.config import PHOTOGRAPHS, Bench, Contestant, found
 from trainer.realbench.distance import Features
 from trainer.realbench.ledger import Ledger, Row
-from trainer.realbench.pictures import Entry, Looked, entry, look, pixels
+from trainer.realbench.pictures import Entry, Looked, entry, look, seen
 from trainer.realbench.prompts import BenchPrompt, read_prompts
 from trainer.realbench.serving import started
 from trainer.realbench.stats import Floats
@@ -109,7 +109,7 @@ def judge(bench: Bench, out: Path, progress: Progress, also: Also | None = None)
         kinds = {PHOTOGRAPHS: PHOTOGRAPHS} | {name: one.kind for name, one in bench.contestants.items()}
         told = Judged(bench, out, entries, kinds, looked, about=about)
         for one in entries:
-            if all(seen.problem is not None for seen in looked[one.name].values()):
+            if all(own.problem is not None for own in looked[one.name].values()):
                 raise ConfigError(f"{one.name}: none of its {len(one.pictures)} pictures can be read; see `verism-score FILE`")
         _score(told, chats, progress, also)
     finally:
@@ -277,9 +277,9 @@ def _collect(told: Judged, name: str, question: str, info: RewardInfo | None, le
     for one in told.entries:
         mine, wrong, outside, domain = values.setdefault(one.name, {}), Counter[str](), 0, 0
         for picture in one.pictures:
-            seen = told.looked[one.name][picture.key]
-            row = ledgers[one.name].rows.get(ask.key(question, picture, seen.sha, info))
-            if seen.problem is not None:
+            looked = told.looked[one.name][picture.key]
+            row = ledgers[one.name].rows.get(ask.key(question, picture, looked.sha, info))
+            if looked.problem is not None:
                 wrong["unreadable"] += 1
             elif info is not None and "prompt" in info.needs and picture.prompt is None:
                 wrong["no prompt"] += 1
@@ -334,7 +334,7 @@ def _monitors(told: Judged) -> None:
         wrong = len(one.pictures) - len(readable)
         for start in range(0, len(readable), 256):
             chunk = readable[start : start + 256]
-            shown = [(p.key, image) for p in chunk if not isinstance(image := pixels(p.path), Problem)]
+            shown = [(p.key, seen(p)) for p in chunk]
             for name, said in said_by(monitors, shown).items():
                 told.values[name][one.name] |= said
         for name in ("heldout_cnn", "heldout_spectrum"):

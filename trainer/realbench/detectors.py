@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 from jinja2 import Environment
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Shown
 
 from shared.panel import Look, Panel
-from shared.schema import Problem
 from trainer import checkpoint
 from trainer.config import ConfigError
 from trainer.honesty import Monitors
@@ -26,7 +24,7 @@ from trainer.realbench.alter import WAYS, altered
 from trainer.realbench.bench import Judged, Measure, judge, locked, said_by
 from trainer.realbench.config import Bench, Contestant, found
 from trainer.realbench.ledger import Ledger, Row, digest
-from trainer.realbench.pictures import Entry, Picture, pixels
+from trainer.realbench.pictures import Entry, Picture, seen
 from trainer.realbench.report import STYLE, environment
 from trainer.realbench.results import counted, plain, save, strata
 from trainer.realbench.screen import Screen, number
@@ -73,7 +71,7 @@ def run(bench: Bench, real: Sequence[Path], generated: Sequence[Path], most: int
         told = judge(bench, out, screen, also)
         labels = {name: float(kind == "photographs") for name, (_, kind) in sides.items()}
         for name, wanted in (("photographs", 1.0), ("generated pictures", 0.0)):
-            count = sum(s.problem is None for one, seen in told.looked.items() if labels[one] == wanted for s in seen.values())
+            count = sum(s.problem is None for one, own in told.looked.items() if labels[one] == wanted for s in own.values())
             if count < FEWEST:
                 raise ConfigError(f"{count} {name} are too few to judge a detector by: give {FEWEST} or more")
         result = figures(told, labels, kept, {name: str(path) for name, (path, _) in sides.items()})
@@ -140,18 +138,12 @@ def _ask(
 
 
 def _look(picture: Picture, way: str, strength: float, sha: str) -> Look:
-    def read() -> tuple[NDArray[np.uint8], None]:
-        image = pixels(picture.path)
-        if isinstance(image, Problem):
-            raise FileNotFoundError(f"{image.title}; it could be read a moment ago")
-        return altered(image, way, strength, sha), None
-
-    return read
+    return lambda: (altered(seen(picture), way, strength, sha), None)
 
 
 def _monitors(folder: Path, one: Entry, chosen: Sequence[Picture], kept: Kept, screen: Screen) -> None:
     monitors = Monitors.load(folder)
-    images = [(p.key, digest(p.key), image) for p in chosen if not isinstance(image := pixels(p.path), Problem)]
+    images = [(p.key, digest(p.key), seen(p)) for p in chosen]
     with screen(f"{one.name}: held-out detectors", _ways()) as tell:
         for way, strength in _each():
             changed = [(key, altered(image, way, strength, seed)) for key, seed, image in images]

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.schema import Problem
 from trainer.config import ConfigError
 from trainer.honesty import kernel_distance, unbiased_frechet
 from trainer.realbench.config import found
 from trainer.realbench.ledger import digest
-from trainer.realbench.pictures import Picture, pixels
+from trainer.realbench.pictures import Picture, seen
 from trainer.realbench.stats import NOTHING, Figure, Floats, Resamples, interval
 
 DIMS, FEWEST = 64, 32  # numbers that the Frechet distance sees; pictures that a kernel distance needs
@@ -112,8 +111,7 @@ class Features:
                 return [p.key for p in readable], kept.astype(np.float64)
         rows = []
         for start in range(0, len(readable), _BATCH):
-            images = [pixels(p.path) for p in readable[start : start + _BATCH]]
-            rows.append(self._compute([image for image in images if not isinstance(image, Problem)]))
+            rows.append(self._compute([seen(p) for p in readable[start : start + _BATCH]]))
         values = np.concatenate(rows) if rows else np.zeros((0, 1))
         folder.mkdir(parents=True, exist_ok=True)
         np.save(file, values.astype(np.float32))

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from shared.arena import Service, matches
-from shared.schema import Problem
 from shared.verdicts import consistent
 from trainer.realbench.ask import Away, Tell
 from trainer.realbench.chat import MORE_REALISTIC, Chat, Said, more_realistic
 from trainer.realbench.ledger import Ledger, Row, digest
-from trainer.realbench.pictures import Entry, Looked, Picture, pixels
+from trainer.realbench.pictures import Entry, Looked, Picture, Pixels, seen
 
 FIELDS = ("question", "first", "second", "prompt")
 _PAIRS, _UNDER_WAY = 16, 4  # of a request; requests
@@ -78,12 +77,12 @@ def _open(
 ) -> list[tuple[Bout, tuple[str, ...], bool]]:
     """What the ledger does not have, each pair of files once."""
     out: list[tuple[Bout, tuple[str, ...], bool]] = []
-    seen = set[tuple[str, ...]]()
+    asked = set[tuple[str, ...]]()
     for bout in bouts:
         where, turned = place(judge.question, bout, looked, judge.needs_prompt)
-        known = where in seen or where[1] == where[2] or ledger.settled(*where)
+        known = where in asked or where[1] == where[2] or ledger.settled(*where)
         if not known and able(bout, looked, judge.needs_prompt):
-            seen.add(where)
+            asked.add(where)
             out.append((bout, where, turned))
     return out
 
@@ -158,7 +157,7 @@ class ByService:
         def ask(chunk: range) -> list[Row]:
             if "arena" in away.why:
                 return []
-            shown = [[_seen(bouts[i].one), _seen(bouts[i].other)] for i in chunk]
+            shown = [[seen(bouts[i].one), seen(bouts[i].other)] for i in chunk]
             prompts = [p.text if self.needs_prompt and (p := bouts[i].one.prompt) is not None else None for i in chunk]
             rows = []
             for verdict in self.service.verdicts(shown, prompts):
@@ -187,8 +186,8 @@ class ByChat:
         self.question = f"{chat.name}@{digest(chat.judge.model, MORE_REALISTIC, chat.judge.max_tokens, chat.judge.temperature)}"
 
     def rows(self, bouts: Sequence[Bout], away: Away) -> Iterator[tuple[int, Row]]:
-        def ask(one: Picture, other: Picture) -> Callable[[], tuple[str, list[Any]]]:
-            return lambda: (MORE_REALISTIC, [_seen(one), _seen(other)])
+        def ask(one: Picture, other: Picture) -> Callable[[], tuple[str, list[Pixels]]]:
+            return lambda: (MORE_REALISTIC, [seen(one), seen(other)])
 
         for start in range(0, len(bouts), 64):
             if self.chat.gave_up.is_set():
@@ -206,10 +205,3 @@ class ByChat:
         error = forward.error or backward.error or ("unparsed" if first is None or second is None else None)
         row = _row(first, _not(second), error, forward.retry or backward.retry)
         return {**row, "text": [(one.text or "")[:300] for one in (forward, backward)]}
-
-
-def _seen(picture: Picture) -> Any:
-    image = pixels(picture.path)
-    if isinstance(image, Problem):
-        raise FileNotFoundError(f"{image.title}; it could be read a moment ago")
-    return image

@@ -81,7 +81,7 @@ def _own(name: str, path: Path) -> Picture:
 
 @dataclass(frozen=True)
 class Looked:
-    """Of a file: sha256 of its bytes (empty where there are none), height and width by its header, or what is wrong with it."""
+    """Of a file: sha256 of its bytes (empty where there are none), height and width of its pixels, or what is wrong with it."""
 
     sha: str
     size: tuple[int, int] | None
@@ -89,23 +89,31 @@ class Looked:
 
 
 def look(path: Path) -> Looked:
-    """Without decoding a pixel."""
+    """Its pixels are decoded: a header says nothing of a file that ends half-way."""
     data = _bytes(path)
     if isinstance(data, Problem):
         return Looked("", None, data)
-    sha = hashlib.sha256(data).hexdigest()
-    try:
-        image = from_file(data)
-    except VerismError as error:
-        return Looked(sha, None, error.problem())
-    return Looked(sha, (image.height, image.width))
+    sha, image = hashlib.sha256(data).hexdigest(), _decoded(data)
+    if isinstance(image, Problem):
+        return Looked(sha, None, image)
+    return Looked(sha, (image.shape[0], image.shape[1]))
 
 
 def pixels(path: Path) -> Pixels | Problem:
     """(H, W, 3) uint8, or why there are none."""
     data = _bytes(path)
-    if isinstance(data, Problem):
-        return data
+    return data if isinstance(data, Problem) else _decoded(data)
+
+
+def seen(picture: Picture) -> Pixels:
+    """Of a picture without a problem when it was looked at. FileNotFoundError when its file has become another since."""
+    image = pixels(picture.path)
+    if isinstance(image, Problem):
+        raise FileNotFoundError(f"{image.title}; it could be read a moment ago")
+    return image
+
+
+def _decoded(data: bytes) -> Pixels | Problem:
     try:
         return decode(from_file(data)).pixels
     except VerismError as error:

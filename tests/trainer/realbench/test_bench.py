@@ -116,7 +116,9 @@ def test_a_killed_bench_leaves_half_a_line_and_goes_on(world: Path) -> None:
 
 
 def test_bad_pictures_are_counted_and_left_out(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One is no picture, one is a decompression bomb's header, one is missing, one of another size, and one of no prompt."""
+    """One is no picture, one is a decompression bomb's header, one is missing, one of another size, one a JPEG that ends half-way, and one of
+    no prompt.
+    """
     dark = world / "dark"
     (dark / "p-00.png").write_bytes(b"no picture")
     bomb = bytearray((dark / "p-01.png").read_bytes())
@@ -124,21 +126,25 @@ def test_bad_pictures_are_counted_and_left_out(world: Path, capsys: pytest.Captu
     (dark / "p-01.png").write_bytes(bytes(bomb))
     (dark / "p-02.png").unlink()
     Image.fromarray(np.full((30, 50, 3), 90, np.uint8)).save(dark / "p-03.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(dark / "p-04.jpg")
+    (dark / "p-04.png").unlink()
+    (dark / "p-04.jpg").write_bytes((dark / "p-04.jpg").read_bytes()[:-200])
     Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(dark / "unasked.png")
     with stub.serve() as service:
-        assert run(world, [str(dark)], bench(world / "b.yaml", service.url, **options(world))) == 0
+        file = bench(world / "b.yaml", service.url, **options(world), features="world/monitors")
+        assert run(world, [str(dark)], file) == 0
     said, found = capsys.readouterr().out, results(world)
     mean = figure(found, "dark", "real")
-    assert (mean["n"], mean["missing"]) == (37, 3)
+    assert (mean["n"], mean["missing"]) == (36, 4) and figure(found, "dark", "distance", "kernel")["n"] == 36
     for text in (
-        "2 files cannot be read",
+        "3 files cannot be read",
         "1 of the prompts have no picture",
         "1 files are of no prompt",
         "2 sizes, 20x20 to 50x30",
     ):
         assert text in said
     rate = next(r for r in found["arena"]["rates"])
-    assert rate["n"] == 37 and rate["missing"] == 2
+    assert rate["n"] == 36 and rate["missing"] == 3
 
 
 def test_contestants_of_other_prompts_are_compared_as_sets(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
