@@ -1,8 +1,8 @@
 """One refit, from pictures and the last version's state to the next one's: no HTTP, no files, no threads.
 
-Pictures are split by the hash of picture and prompt, so one that a version proved itself on is never learned from later. What is learned from
-comes in pairs of a real and a generated picture; a step sees new pairs and replayed ones. The average of the weights is what scores, so
-the average is what has to prove itself. All that is random follows from `seed` and the version.
+Real pictures are split by their own hash, so one that a version proved itself on is not learned from later, with whatever it comes. What is
+learned from comes in pairs of a real and a generated picture; a step sees new pairs and replayed ones. The average of the weights is what
+scores, so the average is what has to prove itself. All that is random follows from `seed` and the version.
 """
 
 import hashlib
@@ -50,9 +50,8 @@ class Example:
 
     @property
     def fraction(self) -> float:
-        """In [0, 1), by picture and prompt: below `held_out` it is not learned from."""
-        digest = hashlib.sha256(f"{self.key}\0{self.item.prompt or ''}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        """In [0, 1), by the picture alone: below `held_out` it is not learned from."""
+        return int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") / 2**64
 
 
 Pairs = list[tuple[Example, Example]]
@@ -109,23 +108,26 @@ def warnings_of(real: Sequence[Example], generated: Sequence[Example]) -> list[s
 
 
 def split(real: Sequence[Example], generated: Sequence[Example], share: float) -> tuple[Pairs, Pairs]:
-    """(to learn from, held out), in pairs. Those of one group stay together, on the side that one of its real pictures falls on.
+    """(to learn from, held out), in pairs. Those of one group stay together, on the side that one of its real pictures falls on; its other
+    real pictures that fall on the other side are left out: a later refit may have them in another group.
 
-    At least two pictures of each kind are held out, and one is learned from; ValueError where there are too few for that.
+    At least two pictures of each kind are held out, and one is learned from, wherever they fall; ValueError where there are too few for that.
     """
     shared = {one.group for one in real} & {one.group for one in generated} - {None}
     groups: dict[str, tuple[list[Example], list[Example]]] = {}
     for side, some in enumerate((real, generated)):
         for one in some:
-            name = f"g{one.group}" if one.group in shared else f"{side}{one.key}{one.item.prompt or ''}"
+            name = f"g{one.group}" if one.group in shared else f"{side}{one.key}"
             groups.setdefault(name, ([], []))[side].append(one)
     ordered = sorted((_fraction(unit), index, unit) for index, unit in enumerate(groups.values()))
     units, held = [unit for *_, unit in ordered], [fraction < share for fraction, *_ in ordered]
-    counts = [[len(unit[side]) for unit in units] for side in (0, 1)]
+    counts = [[len(_own(unit[0], share, True)) for unit in units], [len(unit[1]) for unit in units]]
     for count in counts:
         having = [index for index, n in enumerate(count) if n]
+        found = sum(count[index] for index in having if held[index])
         for index in having:
-            held[index] |= sum(n for n, out in zip(count, held, strict=True) if out) < LEAST_HELD_OUT
+            if found < LEAST_HELD_OUT and not held[index]:
+                held[index], found = True, found + count[index]
         if _all_held(count, held):
             held[having[-1]] = False
     if any(sum(n for n, out in zip(c, held, strict=True) if out) < LEAST_HELD_OUT or _all_held(c, held) for c in counts):
@@ -135,8 +137,7 @@ def split(real: Sequence[Example], generated: Sequence[Example], share: float) -
 
     def part(wanted: bool) -> Pairs:
         chosen = [unit for unit, out in zip(units, held, strict=True) if out == wanted]
-        reals, fakes = ([one for unit in chosen for one in unit[side]] for side in (0, 1))
-        return pairs_of(reals, fakes)
+        return pairs_of([one for unit in chosen for one in _own(unit[0], share, wanted)], [one for unit in chosen for one in unit[1]])
 
     return part(False), part(True)
 
@@ -144,6 +145,12 @@ def split(real: Sequence[Example], generated: Sequence[Example], share: float) -
 def _fraction(unit: tuple[list[Example], list[Example]]) -> float:
     """Of the picture with the smallest key: as even as that of any one picture."""
     return min(unit[0] or unit[1], key=lambda one: one.key).fraction
+
+
+def _own(real: Sequence[Example], share: float, held: bool) -> list[Example]:
+    """Those of a group that are held out, or are not, by their own fraction; where none is, the nearest to it."""
+    near = sorted(real, key=lambda one: one.fraction, reverse=not held)
+    return [one for one in real if (one.fraction < share) == held] or near[:1]
 
 
 def _all_held(counts: Sequence[int], held: Sequence[bool]) -> bool:
@@ -205,8 +212,8 @@ def refit(
     after_step: Callable[[Progress], None] = lambda progress: None,
     rest: Callable[[], None] = lambda: None,
 ) -> Refitted:
-    """`past` gives a replayed pair's pictures, or raises Damaged for one that is left out. `rest` is called after each pass; it may raise
-    Stopped.
+    """`past` gives a replayed pair's pictures, or raises Damaged for one that is left out; pairs with a picture of `proof` are not asked for.
+    `rest` is called after each pass; it may raise Stopped.
 
     A version whose accuracy on `proof` is below the served one's (by more than `worse`), or that is not finite, is kept out.
     """
@@ -215,7 +222,9 @@ def refit(
     average = {name: value.detach().clone() for name, value in _placed(before.weights, weights).items()}
     steps, ended = optimiser(options.optim, weights.values()), False
     restore(steps, weights, before.optim)
-    replayed, left = before.replay, list[PastPair]()
+    held_out = {one.key for pair in proof for one in pair}
+    replayed = Replay(before.replay.size, [one for one in before.replay.pairs if held_out.isdisjoint((one.real, one.generated))])
+    left = list[PastPair]()
     done, number, losses = before.steps, 0, dict[str, float]()
     was: float | None = None
     try:
@@ -269,7 +278,7 @@ def refit(
         )
         return Refitted("kept_out", None, number, losses, accuracy, was, evaluated, reason=reason)
     gone = set(left)
-    survivors = Replay(replayed.size, [pair for pair in replayed.pairs if pair not in gone])
+    survivors = Replay(before.replay.size, [pair for pair in before.replay.pairs if pair not in gone])
     replay = survivors.with_added([PastPair(a.key, a.item.prompt, b.key, b.item.prompt) for a, b in learned], generator)
     state = State(version, {n: v.cpu() for n, v in average.items()}, raw, replay, saved(steps, weights), done, accuracy)
     return Refitted("ready", state, number, losses, accuracy, was, evaluated, tuple(told_items.values()))
