@@ -182,7 +182,8 @@ class Room:
         size = held + sum(one.item.image.nbytes for name, one in fresh.items() if name not in known)
         if size > self.options.waiting_bytes:
             raise TooLarge(
-                f"{held / 2**20:.0f} MiB of pictures wait for a refit of {self.name} already: begin it, or send fewer",
+                f"{size / 2**20:.0f} MiB of pictures would wait for a refit of {self.name}, {held / 2**20:.0f} do already: begin it, send fewer "
+                f"(a trainer's adversary.{self.name}.pictures), or raise the service's fit.waiting_bytes",
                 limit=self.options.waiting_bytes,
                 observed=size,
             )

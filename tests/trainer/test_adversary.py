@@ -1,6 +1,7 @@
 """Runs whose detector is refitted, against a service of one feature that speaks the real wire; the twin of it is in tests/e2e."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from services.fitting.options import FitOptions
 from tests.trainer.refitting import Kept, Refitting, serve
 from tests.trainer.run.runs import run
 from tests.trainer.run.service import recipe
 from trainer import checkpoint, loop
 from trainer.adversary import Detector, DetectorGone, due
-from trainer.config import AdversaryConfig, ConfigError, RunConfig, ScheduleConfig, load, validate
+from trainer.config import RECIPES, AdversaryConfig, ConfigError, RunConfig, ScheduleConfig, load, validate
 from trainer.metrics import read
 from trainer.scoring import NoService
 
@@ -371,6 +373,15 @@ def test_going_back_to_the_best_weights_leaves_detectors_as_they_are(service: Re
 def test_configurations_that_cannot_be_meant(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         validate({**raw("http://x"), **changes}, "test")
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(RECIPES.glob("*.yaml")) if "\nadversary:" in file.read_text()])
+def test_the_pictures_of_a_step_may_wait_at_the_service_that_a_recipe_describes(name: str) -> None:
+    made, said = load(name, []), re.search(r"waiting_bytes: (\d+)", (RECIPES / f"{name}.yaml").read_text())
+    limit = FitOptions().waiting_bytes if said is None else int(said[1])
+    for one in made.adversary.values():
+        count = one.pictures or made.group.prompts * made.group.size
+        assert 2 * count * made.sampling.height * made.sampling.width * 3 <= limit, "both sides"
 
 
 def test_a_rewriter_and_an_adversary() -> None:
