@@ -27,7 +27,7 @@ from shared.errors import VerismError
 from shared.fit_wire import FitPicture, FitPictures, FitState, Hold, Leased, NoLease, Side, pack
 from shared.image import encode
 from shared.schema import ScoreItem, ScoreRequest
-from tests.services.fitting.linear import pictures
+from tests.services.fitting.linear import Head, pictures
 
 KEY = "the admin key of a test"
 LINEAR = "tests.services.fitting.linear:Linear"
@@ -270,20 +270,21 @@ def test_what_is_kept_out_changes_nothing(tmp_path: Path, head: dict[str, Any], 
 
 
 def test_a_worse_version_is_kept_out_and_the_next_one_served(tmp_path: Path) -> None:
-    async def good(service: Service) -> None:
+    async def run(service: Service) -> None:
+        fitter = service.state.rewards["linear"].room.fitter
         await service.take()
-        assert (await service.fit(0, mean=180, rounds=15)).accuracy == 1.0
+        first = await service.fit(0, mean=180, rounds=15)
+        assert (first.outcome, first.version, first.accuracy) == ("published", 2, 1.0)
+        fitter.head = Head(backwards=True, unsure=True)  # all its rounds
+        worse = await service.fit(1, mean=180, rounds=15)
+        assert (worse.outcome, worse.version, worse.accuracy_before) == ("kept_out", 2, 1.0)
+        assert worse.accuracy is not None and worse.accuracy < 0.5
+        assert worse.reason is not None and f"{worse.accuracy:.3f}, and 1.000" in worse.reason
+        fitter.head = Head()
+        last = await service.fit(2, mean=180)
+        assert (last.outcome, last.version, last.accuracy, last.accuracy_before) == ("published", 3, 1.0, 1.0)
 
-    async def again(service: Service) -> None:
-        await service.take()
-        for side, centre, number in (("real", 180, 1), ("generated", 120, 0)):  # swapped by mistake
-            await service.add(side, pictures(40, centre, number))  # type: ignore[arg-type]
-        await service.post("fit", {"lease": service.lease, "rounds": 1})
-        state = await service.done()
-        assert state.outcome == "published" or (state.outcome == "kept_out" and state.accuracy is not None)
-
-    in_service(good, tmp_path)
-    in_service(again, tmp_path)
+    in_service(run, tmp_path)
 
 
 def test_too_little_is_refused_and_what_was_sent_stays(tmp_path: Path) -> None:
