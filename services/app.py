@@ -162,8 +162,6 @@ def load_rewards(config: ServiceConfig, metrics: Metrics, device: str, tuned: bo
         missing = [p for p in one.parts if p not in served or served[p].lane is None]
         if missing:
             raise ValueError(f"reward {name!r} is made of {missing[0]!r}, which is not a plain reward of this service")
-        if one.room is not None:
-            one.room.attach(one.lane, lambda: [other.lane for other in served.values() if other.lane is not None])
     return served
 
 
@@ -200,6 +198,9 @@ def create_app(config: ServiceConfig, *, tuned: bool = True) -> FastAPI:
     state = State(config, metrics, device, load_rewards(config, metrics, device, tuned))
     if config.rewriter is not None:
         state.rewriter = rewriting.Rewriter(config.rewriter, metrics, device)
+    for one in state.rewards.values():
+        if one.room is not None:
+            one.room.attach(one.lane, lambda: state.all_lanes)
     pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
     buffers = Buffers(4 * config.max_body_bytes)
     admission = Admission(

@@ -222,6 +222,11 @@ class Lane(Generic[Q, A]):
         self._helper = ThreadPoolExecutor(1, thread_name_prefix=f"collate-{name}")
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether the device has a batch."""
+        return self._running
+
     def estimate(self, extra: int = 0) -> float:
         """Expected seconds until what waits, and `extra` more, is answered."""
         return self.time.seconds(sum(self.waiting.values()) + extra, self.cap)

@@ -9,9 +9,12 @@ Defaults are RealGen V2's (2512.00473 and its code), where it has one.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimOptions(BaseModel):
@@ -20,7 +23,7 @@ class OptimOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     use: Literal["adamw", "adam"] = "adamw"
     lr: float = Field(default=4e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
 
 

@@ -374,6 +374,9 @@ class Room:
         except OSError as error:
             log.error("refit of %s cannot be kept", self.name, exc_info=error)
             changes = {"reason": f"the new version cannot be written ({error.strerror}): make room, and fit again"}
+        except ValueError as error:  # a fitter says what it cannot be fitted on
+            log.error("refit of %s failed", self.name, exc_info=error)
+            changes = {"reason": str(error)}
         except Exception as error:
             log.error("refit of %s failed", self.name, exc_info=error)
             changes = {"reason": f"{type(error).__name__}: the service's log says more; the last version serves on"}
@@ -462,10 +465,10 @@ class Room:
         self._rested = self._spent()
 
     def _busy(self) -> float:
-        """Another number each time that something has been scored, or waits."""
+        """Another number each time that something has been scored, is being scored, or waits."""
         lanes = self._lanes()
-        waits = any(sum(lane.waiting.values()) > 0 for lane in lanes)
-        return sum(lane.busy_s for lane in lanes) + (time.monotonic() if waits else 0.0)
+        goes_on = any(lane.running or sum(lane.waiting.values()) > 0 for lane in lanes)
+        return sum(lane.busy_s for lane in lanes) + (time.monotonic() if goes_on else 0.0)
 
     def _spent(self) -> float:
         """Seconds of this thread on its core, or on the GPU."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from services.app import State, create_app
 from services.auth import KeyOptions
 from services.config import ServiceConfig, explain
 from services.fitting.room import Holder, _quiet
+from services.scheduler import Lane
 from shared import wire
 from shared.errors import VerismError
 from shared.fit_wire import FitPicture, FitPictures, FitState, Hold, Leased, NoLease, Side, pack
@@ -389,6 +391,26 @@ def test_scoring_goes_on_while_a_refit_runs(tmp_path: Path) -> None:
     in_service(run, tmp_path, head={"seconds": 0.03, "unsure": True})
 
 
+def test_a_refit_rests_during_one_long_forward_pass_of_whatever_lane(tmp_path: Path) -> None:
+    async def run(service: Service) -> None:
+        served = service.state.rewards["linear"]
+        lane, room = served.lane, served.room
+        assert lane is not None
+        await service.score(pictures(2, 130, 0))
+        assert room._busy() == room._busy(), "nothing is scored"
+        served.reward.seconds = 0.5
+        asked = asyncio.ensure_future(service.score(pictures(2, 130, 1)))
+        while not lane.running:
+            await asyncio.sleep(0.01)
+        assert sum(lane.waiting.values()) == 0 and room._busy() != room._busy()
+        await asked
+        assert room._busy() == room._busy()
+        service.state.rewriter = SimpleNamespace(lane=Lane("rewriter", lane.work))  # type: ignore[assignment]
+        assert [one.name for one in room._lanes()] == ["linear", "size", "rewriter"]
+
+    in_service(run, tmp_path)
+
+
 def test_a_rollback_ends_a_running_refit(tmp_path: Path) -> None:
     async def run(service: Service) -> None:
         await service.take()
@@ -458,6 +480,19 @@ def test_a_refit_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     in_service(run, tmp_path)
 
 
+def test_what_a_fitter_cannot_be_fitted_on_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(service: Service) -> None:
+        def refuse(*arguments: Any) -> None:
+            raise ValueError("a picture cannot be fitted on: its prompt is missing")
+
+        await service.take()
+        monkeypatch.setattr(service.state.rewards["linear"].room.fitter, "losses", refuse)
+        state = await service.fit(0)
+        assert (state.outcome, state.reason) == ("failed", "a picture cannot be fitted on: its prompt is missing")
+
+    in_service(run, tmp_path)
+
+
 def test_what_cannot_be_refitted_is_said_before_anything_loads(tmp_path: Path) -> None:
     def made(use: str, fit: dict[str, Any] | None = None, **more: Any) -> None:
         rewards = {"one": {"use": use, "fit": {"folder": str(tmp_path), **(fit or {})}, **more}}
@@ -471,6 +506,9 @@ def test_what_cannot_be_refitted_is_said_before_anything_loads(tmp_path: Path) -
         made(LINEAR, {"head": {"nonsense": 1}})
     with pytest.raises(ValueError, match=r"fit\.augment\.flop"):
         made(LINEAR, {"augment": {"flop": 1}})
+    betas = {"one": {"use": LINEAR, "fit": {"optim": {"betas": [0.9, 1.0]}}}}
+    with pytest.raises(ValueError, match="less than 1"):
+        ServiceConfig.model_validate({"rewards": betas, "admin": {"sha256": "0" * 64}})
     rewards = {"one": {"use": LINEAR, "fit": {"optm": {}}}}
     with pytest.raises(ValueError) as error:
         ServiceConfig.model_validate({"rewards": rewards, "admin": {"sha256": "0" * 64}})
