@@ -1,16 +1,19 @@
 """Pictures of a model or a run, for every prompt the same noise whoever paints: PNG files named by the prompt, each written whole.
 
-A picture that is there is not painted again. `about.json` beside them says what painted them; something else is refused.
+`about.json` beside them says what painted them; other settings are refused, other weights paint everything anew. A picture holds a mark of
+what it was painted from and by: one whose mark fits is not painted again.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from trainer import checkpoint
 from trainer.config import ConfigError, RunConfig
@@ -18,8 +21,10 @@ from trainer.config import load as load_recipe
 from trainer.realbench.config import Contestant, Drawing, found
 from trainer.realbench.ledger import digest
 from trainer.realbench.prompts import BenchPrompt
+from trainer.watch.described import learned
 
 Tell = Callable[[int], None]
+_MARK = "verism"  # the text chunk of a PNG that holds its mark
 
 
 class Painter(Protocol):
@@ -41,9 +46,41 @@ def about(one: Contestant, drawing: Drawing, form: str, seed: int) -> dict[str, 
     told: dict[str, Any] = {"form": form, "seed": seed}
     if one.model is not None:
         options = drawing.model_dump(mode="json", exclude={"batch"})
-        return told | {"model": one.model, "lora": None if one.lora is None else str(one.lora), "drawing": options}
+        lora = None if one.lora is None else str(one.lora)
+        return told | {"model": one.model, "lora": lora, "drawing": options, "weights": _weights_of_model(one.model, one.lora)}
     assert one.run is not None
-    return told | {"run": str(one.run), "step": step_of(one.run, one.step)}
+    step = step_of(one.run, one.step)
+    return told | {"run": str(one.run), "step": step, "weights": _weights_of_run(one.run, step)}
+
+
+def _weights_of_model(model: str, lora: Path | None) -> str:
+    """A digest of what a folder's components hold, or of the hub's revision, and of the LoRA's file."""
+    from huggingface_hub import hf_hub_download
+
+    from trainer.policies.kit import read_index
+
+    where = found(Path(model))
+    index, there = read_index(str(where) if where.is_dir() else model, None)
+    if there:
+        files = sorted(path for path in where.glob("*/*") if path.suffix in (".safetensors", ".json") and path.is_file())
+        base: Any = [index, *((str(path.relative_to(where)), checkpoint.checksum(path)) for path in files)]
+    else:
+        base = Path(hf_hub_download(model, "model_index.json")).parent.name  # of a snapshot: its commit
+    return digest(base, None if lora is None else checkpoint.checksum(_lora_file(lora)))
+
+
+def _weights_of_run(run: Path, step: int) -> str:
+    """A digest of a checkpoint by its meta.json, which holds the checksum of the rest."""
+    return checkpoint.checksum(checkpoint.folder_of(run, step) / "meta.json")[:16]
+
+
+def _lora_file(lora: Path) -> Path:
+    """ConfigError where there is none."""
+    path = found(lora)
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ConfigError(f"{lora}: no LoRA there; give a .safetensors file, or its folder as diffusers writes it")
+    return file
 
 
 def step_of(run: Path, wanted: int | None) -> int:
@@ -59,19 +96,37 @@ def step_of(run: Path, wanted: int | None) -> int:
 
 
 def settle(folder: Path, told: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """`told`, or what was chosen when these pictures were begun; ConfigError when something else painted them."""
+    """`told`, or what was chosen when these pictures were begun; ConfigError when other settings painted them. Its `notes` are for readers."""
     path = folder / "about.json"
+    notes: list[str] = []
     if path.is_file():
-        known = checkpoint.read_json(path)
-        if "step" in told and step is None and known.get("step") is not None:
-            told = told | {"step": known["step"]}  # a run that goes on: the checkpoint that this was begun with
-        if known != json.loads(json.dumps(told)):
-            odd = sorted(name for name in known.keys() | told.keys() if known.get(name) != told.get(name))
-            raise ConfigError(f"{folder} holds pictures painted otherwise ({', '.join(odd)}): give another --out, or remove it")
-        return told
+        known, told = checkpoint.read_json(path), json.loads(json.dumps(told))
+        chosen = {"step"} if step is None and "step" in told else set()
+        if chosen and told["step"] != known.get("step"):
+            told, notes = _begun_with(known, told)  # a run that goes on
+        odd = {name for name in known.keys() | told.keys() if known.get(name) != told.get(name)}
+        if odd - chosen - {"weights"}:
+            raise ConfigError(
+                f"{folder} holds pictures painted otherwise ({', '.join(sorted(odd))}): give another --out, or remove it"
+            )
+        if odd:
+            _say(f"{folder}: the weights are others than those that painted these pictures; all are painted again")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, told)
-    return told
+    for note in notes:
+        _say(f"{folder}: {note}")
+    return told | ({"notes": notes} if notes else {})
+
+
+def _begun_with(known: dict[str, Any], told: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The checkpoint that the pictures were begun with, and what to say of that; `told` itself where it now holds other weights."""
+    run, step, weights = Path(told["run"]), known.get("step"), known.get("weights")
+    gone = step not in checkpoint.steps(run)
+    if step is None or (not gone and _weights_of_run(run, step) != weights):
+        return told, []
+    note = f"painted by the checkpoint after step {step}, with which it was begun{', and which is gone' if gone else ''}"
+    note = f"{note}; the one to take is now that after step {told['step']}: another --out paints by it"
+    return told | {"step": step, "weights": weights}, [note]
 
 
 def open_painter(one: Contestant, drawing: Drawing, told: dict[str, Any], device: str) -> Painter:
@@ -83,16 +138,43 @@ def open_painter(one: Contestant, drawing: Drawing, told: dict[str, Any], device
 
 
 def paint(painter: Painter, prompts: Sequence[BenchPrompt], form: Any, seed: int, folder: Path, tell: Tell) -> None:
-    """What is not there yet."""
-    open_ = [prompt for prompt in prompts if not (folder / f"{prompt.id}.png").is_file()]
+    """What is not there yet, into a folder that is settled."""
+    told = checkpoint.read_json(folder / "about.json")
+    open_ = unpainted(folder, prompts)
+    if stale := sum((folder / f"{prompt.id}.png").is_file() for prompt in open_):
+        _say(f"{folder}: painted again, since they were of another prompt or by other weights: {stale} pictures")
     for start in range(0, len(open_), painter.batch):
         chunk = open_[start : start + painter.batch]
         images = painter.paint([prompt.form(form) for prompt in chunk], [seed_of(seed, prompt.id) for prompt in chunk])
         for prompt, image in zip(chunk, images, strict=True):
-            beside = folder / f".{prompt.id}.building"
-            Image.fromarray(image).save(beside, "PNG")
+            beside, marks = folder / f".{prompt.id}.building", PngInfo()
+            marks.add_text(_MARK, _mark(told, prompt))
+            Image.fromarray(image).save(beside, "PNG", pnginfo=marks)
             beside.replace(folder / f"{prompt.id}.png")
         tell(len(chunk))
+
+
+def unpainted(folder: Path, prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """Prompts without a picture of theirs yet, by the folder's about.json."""
+    told = checkpoint.read_json(folder / "about.json")
+    return [prompt for prompt in prompts if _marked(folder / f"{prompt.id}.png") != _mark(told, prompt)]
+
+
+def _mark(told: dict[str, Any], prompt: BenchPrompt) -> str:
+    return digest(told, prompt.id, prompt.form(told["form"]))
+
+
+def _marked(path: Path) -> str | None:
+    """None where there is no such picture."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_MARK)
+    except OSError:
+        return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 class ModelPainter:
@@ -117,10 +199,7 @@ class ModelPainter:
                 where, dtype=getattr(torch, drawing.dtype), use_safetensors=True, local_files_only=there, **without
             )
             if lora is not None:
-                path = found(lora)
-                file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-                if not file.is_file() or file.suffix != ".safetensors":
-                    raise ConfigError(f"{lora}: no LoRA there; give a .safetensors file, or its folder as diffusers writes it")
+                file = _lora_file(lora)
                 self._pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
         except ConfigError:
             raise
@@ -154,6 +233,11 @@ class RunPainter:
         from trainer.config import ParallelConfig
 
         config = run_config(run)
+        if step not in checkpoint.steps(run):
+            raise ConfigError(
+                f"{run} has no checkpoint after step {step} any more, by which some of its pictures were painted: remove these, or give "
+                "another --out, and all are painted by the one to take now"
+            )
         changes = {"parallel": ParallelConfig(), "device": device, "tensorboard": False}
         self._scratch = tempfile.TemporaryDirectory()
         self._run = loop.run_of(config.model_copy(update=changes), Path(self._scratch.name), services=False, accept=False)
@@ -211,19 +295,14 @@ def run_config(run: Path) -> RunConfig:
 
 
 def trained(run: Path) -> dict[str, str | None]:
-    """The rewards that a run learns from, by name, with the sha256 of their weights where it noted one."""
+    """The rewards that a run learns from, painter or rewriter, by name, with the sha256 of their weights where it noted one."""
     known: dict[str, Any] = {}
     if (run / "versions.json").is_file():
         told = checkpoint.read_json(run / "versions.json").get("rewards")
         known = told if isinstance(told, dict) else {}
     out: dict[str, str | None] = {}
-    for name, reward in run_config(run).rewards.items():
-        if reward.weight > 0:
+    for name, weights in learned(run_config(run).model_dump(mode="json")).items():
+        if any(weights):
             info = known.get(name)
             out[name] = info.get("weights_sha256") if isinstance(info, dict) else None
     return out
-
-
-def unpainted(folder: Path, prompts: Sequence[BenchPrompt]) -> Iterator[str]:
-    """Prompts without a picture yet."""
-    return (prompt.id for prompt in prompts if not (folder / f"{prompt.id}.png").is_file())

@@ -42,11 +42,9 @@ def described(folder: Path) -> Described:
     """What can be read; of a file that cannot, nothing."""
     config, versions = loaded(folder, "config.yaml"), loaded(folder, "versions.json")
     steps, language = config.get("steps"), config.get("language")
-    own = _map(_map(language).get("rewards"))
     told = _map(versions.get("rewards"))
     rewards = []
-    for name, one in list(_map(config.get("rewards")).items())[:REWARDS]:
-        weights = [finite(_map(w).get("weight", default)) for w, default in ((one, 1.0), (own.get(name), 0.0))]
+    for name, weights in list(learned(config).items())[:REWARDS]:
         info = _map(told.get(name))
         rewards.append(
             {
@@ -62,6 +60,15 @@ def described(folder: Path) -> Described:
     mode = plain(_map(language).get("mode"), 40) if language else None
     known = isinstance(steps, int) and 0 < steps < 1 << 40
     return Described(plain(config.get("name"), 80), plain(config.get("description"), 400), steps if known else None, mode, rewards)
+
+
+def learned(config: Mapping[str, Any]) -> dict[Any, tuple[float | None, float | None]]:
+    """Of each reward of a run's plain configuration its weight for the painter, and the rewriter's own: nobody learns from one with neither."""
+    own = _map(_map(config.get("language")).get("rewards"))
+    return {
+        name: (finite(_map(one).get("weight", 1.0)), finite(_map(own.get(name)).get("weight", 0.0)))
+        for name, one in _map(config.get("rewards")).items()
+    }
 
 
 def loaded(folder: Path, *parts: str) -> Mapping[str, Any]:
