@@ -44,6 +44,7 @@ def write(told: Judged, found: Table, out: Path) -> Path:
         grids=[_grid(told, one) for one in told.entries],
         measures=[m for m in found["measures"] if told.values.get(m["name"])],
         changes=found.get("changes", []),
+        notes=found["notes"] + [f"{c['name']}: {note}" for c in found["contestants"] for note in c["about"].get("notes", [])],
     )  # fmt: skip
     path = out / "report.html"
     beside = out / ".report.html.building"
@@ -173,7 +174,7 @@ def _grid(told: Judged, one: Entry) -> Table:
         text = picture.prompt.text if picture.prompt is not None else ""
         scores = {m.name: told.values[m.name][one.name].get(key) for m in measures}
         shown.append({"uri": _thumbnail(image), "name": picture.path.name, "prompt": text, "scores": scores})
-    return {"name": one.name, "pictures": shown, "measures": [{"name": m.name, "higher": m.higher} for m in measures]}
+    return {"name": one.name, "pictures": shown}
 
 
 def _thumbnail(image: Any) -> str:
