@@ -26,6 +26,7 @@ _ROUNDS = 200  # resamples of a Frechet distance
 _BATCH = 32
 _MOST = 2_000  # pictures that a distance takes of a contestant
 PACKAGE = "efficientnet_lite0"
+FIGURES = ("frechet", "kernel", "diversity")
 
 
 class Features:
@@ -124,11 +125,10 @@ def _resized(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 @dataclass
 class Distances:
-    """Of one contestant; `why` says of each figure that is missing what it lacks."""
+    """Of one contestant, by FIGURES: with what each is in every resample, and `why` of one that is missing what it lacks."""
 
-    frechet: Figure = NOTHING
-    kernel: Figure = NOTHING
-    diversity: Figure = NOTHING
+    figures: dict[str, Figure] = field(default_factory=lambda: dict.fromkeys(FIGURES, NOTHING))
+    draws: dict[str, Floats] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
 
 
@@ -139,28 +139,32 @@ def measure(keys: Sequence[str], ours: Floats, photographs: Floats | None, resam
     counts = resamples.of(keys).astype(np.float64)
     n, level = len(ours), resamples.level
     if n < 2:
-        out.why = dict.fromkeys(("frechet", "kernel", "diversity"), "fewer than 2 pictures can be read")
+        out.why = dict.fromkeys(FIGURES, "fewer than 2 pictures can be read")
         return out
     if photographs is None or len(photographs) < 2:
-        out.why = dict.fromkeys(("frechet", "kernel", "diversity"), "no photographs")
+        out.why = dict.fromkeys(FIGURES, "no photographs")
         return out
+
+    def known(name: str, value: float, draws: Floats) -> None:
+        out.figures[name], out.draws[name] = interval(value, draws, n, level, centred=True), draws
+
     total = counts.sum(1, keepdims=True)
     base = float(photographs.var(0, ddof=1).sum())
     mean, square = counts @ ours / total, counts @ (ours * ours).sum(1, keepdims=True) / total
     spread = (square[:, 0] - (mean * mean).sum(1)).clip(0) * n / (n - 1)
     value = float(np.sqrt(ours.var(0, ddof=1).sum() / base)) if base > 0 else float("nan")
-    out.diversity = interval(value, np.sqrt(spread / base) if base > 0 else spread * np.nan, n, level, centred=True)
+    known("diversity", value, np.sqrt(spread / base) if base > 0 else spread * np.nan)
     fewest = min(n, len(photographs))
     if fewest < FEWEST:
         out.why["kernel"] = f"needs {FEWEST} pictures and photographs, and there are {n} and {len(photographs)}"
     else:
         theirs = photographs[:_MOST]
-        out.kernel = interval(kernel_distance(ours, theirs), _kernels(ours, theirs, counts), n, level, centred=True)
+        known("kernel", kernel_distance(ours, theirs), _kernels(ours, theirs, counts))
     a, b = _projected(ours), _projected(photographs)
     if fewest <= a.shape[1]:
         out.why["frechet"] = f"needs more than {a.shape[1]} pictures and photographs, and there are {n} and {len(photographs)}"
     else:
-        out.frechet = interval(unbiased_frechet(a, b), _frechets(a, b, counts[:_ROUNDS]), n, level, centred=True)
+        known("frechet", unbiased_frechet(a, b), _frechets(a, b, counts[:_ROUNDS]))
     return out
 
 

@@ -33,9 +33,9 @@ class Bout:
     other: Picture
 
     @property
-    def key(self) -> str:
-        """What resampling holds together: the prompt, or the picture of `a`."""
-        return self.one.key
+    def keys(self) -> tuple[str, ...]:
+        """What resampling draws: the prompt, or both pictures."""
+        return (self.one.key,) if self.one.key == self.other.key else (self.one.key, self.other.key)
 
 
 def schedule(entries: Sequence[Entry], pairs: int, seed: int) -> list[Bout]:
@@ -116,7 +116,7 @@ def answered(judge: Asked, bouts: Sequence[Bout], looked: Mapping[str, Mapping[s
     """A row for each bout: its verdict for `a` (1, 0.5, 0 or None), what each order said, and the error of one without a verdict."""
     out = []
     for bout in bouts:
-        row: Row = {"a": bout.a, "b": bout.b, "key": bout.key, "value": None, "forward": None, "backward": None, "error": None}
+        row: Row = {"a": bout.a, "b": bout.b, "keys": bout.keys, "value": None, "forward": None, "backward": None, "error": None}
         where, turned = place(judge.question, bout, looked, judge.needs_prompt)
         known = ledger.rows.get(where)
         if not able(bout, looked, judge.needs_prompt):

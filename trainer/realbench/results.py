@@ -5,6 +5,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,30 @@ from trainer.realbench.stats import (
     interval,
     reliability,
     spearman,
+    weighted,
 )
 
 LEAST = 20  # photographs and generated pictures below which no detector is judged
 _AUC = 2_000  # pictures of a side
 Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A figure of a contestant as a whole, with what it is in every resample: differences are taken draw by draw."""
+
+    figure: Figure
+    draws: Floats
+
+
+@dataclass(frozen=True)
+class Side:
+    """A figure by contestant. `higher` is better, or neither is (None)."""
+
+    name: str
+    higher: bool | None
+    of: dict[str, Whole]
+    centred: bool = False
 
 
 def plain(figure: Figure) -> Table:
@@ -58,6 +78,8 @@ def figures(told: Judged) -> Table:
     """Everything that is written as results.json, and shown."""
     bench = told.bench
     resamples = Resamples(strata(told.entries), bench.bootstrap.rounds, bench.seed, bench.bootstrap.level)
+    distances, far = _distances(told, resamples)
+    arena, won = _arena(told, resamples)
     out: Table = {
         "format": 1,
         "level": bench.bootstrap.level,
@@ -68,12 +90,12 @@ def figures(told: Judged) -> Table:
              "description": m.description}
             for m in told.measures
         ],
-        "figures": _means(told, resamples) + _distances(told, resamples),
-        "differences": _differences(told, resamples),
+        "figures": _means(told, resamples) + distances,
+        "differences": _differences(told, resamples) + _wholes(told, [*far, *won], resamples.level),
         "telling": _telling(told, resamples),
         "agreement": _agreement(told, resamples),
         "calibration": _calibration(told, resamples),
-        "arena": _arena(told, resamples),
+        "arena": arena,
         "features": told.space,
         "notes": told.notes + _notes(told),
         "away": told.away,
@@ -121,32 +143,76 @@ def _means(told: Judged, resamples: Resamples) -> list[Table]:
     return out
 
 
-def _distances(told: Judged, resamples: Resamples) -> list[Table]:
+def _distances(told: Judged, resamples: Resamples) -> tuple[list[Table], list[Side]]:
     if not told.features:
-        return []
+        return [], []
     theirs = told.features[PHOTOGRAPHS][1]
-    out = []
+    out: list[Table] = []
+    sides = {
+        "frechet": Side("Fréchet distance", False, {}, centred=True),
+        "kernel": Side("kernel distance", False, {}, centred=True),
+        "diversity": Side("diversity", None, {}, centred=True),
+    }
     for one in told.entries:
         if one.name == PHOTOGRAPHS:
             continue
         keys, mine = told.features[one.name]
         found = distances_of(keys, mine, theirs, resamples)
-        for name, figure in (("frechet", found.frechet), ("kernel", found.kernel), ("diversity", found.diversity)):
+        for name, figure in found.figures.items():
             out.append(
                 _row(one.name, "distance" if name != "diversity" else "diversity", name, figure, why=found.why.get(name, ""))
             )
-    return out
+            if figure.known:
+                sides[name].of[one.name] = Whole(figure, found.draws[name])
+    return out, list(sides.values())
 
 
 def _differences(told: Judged, resamples: Resamples) -> list[Table]:
+    """Of means and of shares above 0.5: over the prompts of both where they share any."""
     out = []
     for measure in told.measures:
-        for a, b in combinations([one.name for one in told.entries], 2):
-            one, other = (told.values[measure.name][name] for name in (b, a))
-            figure, paired = resamples.difference(one, other)  # type: ignore[arg-type]
-            if figure.known:
-                out.append({"a": a, "b": b, "measure": measure.name, "what": "b - a", "paired": paired, **plain(figure)})
+        values = told.values[measure.name]
+        parts = [(measure.name, values)]
+        if measure.unit and measure.group != "judge":
+            above = {name: {key: float(value > 0.5) for key, value in own.items()} for name, own in values.items()}
+            parts.append((f"{measure.name}, share above 0.5", above))
+        for label, known in parts:
+            alone = {name: resamples.mean([*own], np.array([*own.values()]), label != measure.name) for name, own in known.items()}
+            for a, b in combinations([one.name for one in told.entries], 2):
+                figure, paired = resamples.difference(known[b], known[a])  # type: ignore[arg-type]
+                figure = _wide(figure, alone[b], alone[a])
+                if figure.known:
+                    out.append(_difference(a, b, label, figure, paired, measure.higher))
     return out
+
+
+def _wholes(told: Judged, sides: Sequence[Side], level: float) -> list[Table]:
+    """Of figures of whole contestants; `paired` where they share prompts, whose draws are the same."""
+    out = []
+    keys = {one.name: {picture.key for picture in one.pictures} for one in told.entries}
+    for side in sides:
+        for a, b in combinations([one.name for one in told.entries if one.name in side.of], 2):
+            one, other = side.of[b], side.of[a]
+            value, n = one.figure.value - other.figure.value, min(one.figure.n, other.figure.n)
+            figure = _wide(interval(value, one.draws - other.draws, n, level, side.centred), one.figure, other.figure)
+            out.append(_difference(a, b, side.name, figure, not keys[a].isdisjoint(keys[b]), side.higher))
+    return out
+
+
+def _wide(figure: Figure, one: Figure, other: Figure) -> Figure:
+    """`one` less `other`: a difference without a width, as of shares of all or nothing, gets that of both sides (Newcombe 1998)."""
+    if figure.low != figure.high:
+        return figure
+    below, above = (
+        math.hypot(*edges)
+        for edges in ((one.value - one.low, other.high - other.value), (one.high - one.value, other.value - other.low))
+    )
+    return Figure(figure.value, figure.value - below, figure.value + above, figure.n)
+
+
+def _difference(a: str, b: str, measure: str, figure: Figure, paired: bool, higher: bool | None) -> Table:
+    row = {"a": a, "b": b, "measure": measure, "what": "b - a", "paired": paired, "higher_is_better": higher}
+    return {**row, **plain(figure)}
 
 
 def counted(
@@ -240,43 +306,59 @@ def _calibration(told: Judged, resamples: Resamples) -> list[Table]:
     return out
 
 
-def _arena(told: Judged, resamples: Resamples) -> Table:
+def _arena(told: Judged, resamples: Resamples) -> tuple[Table, list[Side]]:
     """Win rates of every two, ratings with photographs (else the first) at 0, and how often what is shown first is preferred."""
     if not told.arena:
-        return {}
+        return {}, []
     names = [one.name for one in told.entries]
     place = {name: i for i, name in enumerate(names)}
+    origin, level = names[0], resamples.level
     rates: list[Table] = []
-    wins = np.zeros((len(names), len(names)))
-    drawn = np.zeros((len(resamples.counts_RK), len(names), len(names)))
-    shown = []
+    wins, drawn = np.zeros((len(names), len(names))), np.zeros((len(resamples.counts_RK), len(names), len(names)))
+    rated = Side("arena, rating", True, {})
+    against = Side(f"arena, wins against {origin}", True, {})
+    known = [row for row in told.arena if row["value"] is not None]
+    counts = resamples.met([row["keys"] for row in known])
+    met = {name: {row["keys"][i] for row in known for side, i in (("a", 0), ("b", -1)) if row[side] == name} for name in names}
     for a, b in combinations(names, 2):
         rows = [row for row in told.arena if (row["a"], row["b"]) == (a, b)]
-        known = [row for row in rows if row["value"] is not None]
-        values = np.array([row["value"] for row in known], dtype=np.float64)
-        keys = [row["key"] for row in known]
-        shown += [(row["forward"] + 1 - row["backward"]) / 2 for row in known if row["forward"] is not None]
-        figure = resamples.mean(keys, values, share=True) if known else NOTHING
+        chosen = [i for i, row in enumerate(known) if (row["a"], row["b"]) == (a, b)]
+        values = np.array([known[i]["value"] for i in chosen], dtype=np.float64)
+        figure = NOTHING
+        if chosen:
+            keys = [known[i]["keys"] for i in chosen]
+            own = resamples.met(keys)
+            figure = resamples.average(own, values, min(len({key[i] for key in keys}) for i in (0, -1)), share=True)
+            if a == origin:
+                against.of[b] = Whole(
+                    Figure(1 - figure.value, 1 - figure.high, 1 - figure.low, figure.n), 1 - weighted(own, values)
+                )
+            weights, (i, j) = counts[:, chosen].astype(np.float64), (place[a], place[b])
+            wins[i, j], wins[j, i] = values.sum(), (1 - values).sum()
+            drawn[:, i, j], drawn[:, j, i] = weights @ values, weights @ (1 - values)
         unparsed = sum(row["error"] == "unparsed" for row in rows)
         count = {name: int((values == score).sum()) for name, score in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0))}
-        rates.append({"a": a, "b": b, **count, "missing": len(rows) - len(known) - unparsed, "unparsed": unparsed, **plain(figure)})
-        if known:
-            counts = resamples.of(keys).astype(np.float64)
-            i, j = place[a], place[b]
-            wins[i, j], wins[j, i] = values.sum(), (1 - values).sum()
-            drawn[:, i, j], drawn[:, j, i] = counts @ values, counts @ (1 - values)
-    origin = 0
+        rates.append(
+            {"a": a, "b": b, **count, "missing": len(rows) - len(chosen) - unparsed, "unparsed": unparsed, **plain(figure)}
+        )
     theta, draws = bradley_terry(wins), bradley_terry(drawn)
     ratings = []
     for i, name in enumerate(names):
-        n = int((wins[i] + wins[:, i]).sum())
-        if i == origin:
-            figure = Figure(0.0, 0.0, 0.0, n) if n else NOTHING
+        above = ELO * (draws[:, i] - draws[:, 0])
+        if name == origin:
+            figure = Figure(0.0, 0.0, 0.0, len(met[name])) if met[name] else NOTHING
         else:
-            figure = interval(ELO * float(theta[i] - theta[origin]), ELO * (draws[:, i] - draws[:, origin]), n, resamples.level)
+            figure = interval(ELO * float(theta[i] - theta[0]), above, len(met[name]), level)
+        if figure.known:
+            rated.of[name] = Whole(figure, above)
         ratings.append({"contestant": name, **plain(figure)})
-    first = float(np.mean(shown)) if shown else None
-    return {"judge": told.arbiter, "origin": names[origin], "rates": rates, "ratings": ratings, "shown_first": first}
+    shown = [i for i, row in enumerate(known) if row["forward"] is not None]
+    first = NOTHING
+    if shown:
+        leaning = np.array([(known[i]["forward"] + 1 - known[i]["backward"]) / 2 for i in shown])
+        first = resamples.average(counts[:, shown], leaning, len(shown), share=True)
+    table = {"judge": told.arbiter, "origin": origin, "rates": rates, "ratings": ratings}
+    return {**table, "shown_first": plain(first)["value"], "shown_first_interval": plain(first)}, [rated, against]
 
 
 def _notes(told: Judged) -> list[str]:
@@ -333,6 +415,8 @@ def write(told: Judged, found: Table, out: Path) -> None:
     for f in found["arena"].get("rates", []):
         row = [f"{f['a']} against {f['b']}", "arena", "win rate", *(f[k] for k in ("value", "low", "high", "n"))]
         rows.append([*row, f["missing"], f["unparsed"]])
+    if first := found["arena"].get("shown_first_interval"):
+        rows.append(["", "arena", "shown first preferred", *(first[k] for k in ("value", "low", "high", "n")), None, None])
     for f in found["arena"].get("ratings", []):
         rows.append([f["contestant"], "arena", "rating", *(f[k] for k in ("value", "low", "high", "n")), None, None])
     save(out / "figures.csv", rows)

@@ -69,8 +69,10 @@ def tables(found: dict[str, Any]) -> Iterator[Table | str]:
         table.add_row(f"arena, wins against {escape(names[0])}", *(rates.get(name, "") for name in names))
     yield table
     if found["arena"].get("shown_first") is not None:
-        first = f"{found['arena']['shown_first']:.0%} of the time"
-        yield f"arena: {found['arena']['judge']} prefers what is shown first {first}; only consistent wins count"
+        first = found["arena"]["shown_first_interval"]
+        span = "" if first["low"] is None else f" [{first['low']:.0%}, {first['high']:.0%}]"
+        said = f"{found['arena']['judge']} prefers what is shown first {first['value']:.0%}{span} of the time"
+        yield f"arena: {said}; only consistent wins count"
     if len(names) <= 3:
         for row in found["differences"]:
             if names[0] not in (row["a"], row["b"]) or len(names) == 2:

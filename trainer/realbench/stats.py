@@ -4,6 +4,7 @@ A resample draws prompts with replacement and takes all that belongs to them alo
 on the same draws. It is held as counts: how often each prompt was drawn.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,38 +54,57 @@ class Resamples:
         """(rounds, len(keys)); a key that stands there twice has its column twice."""
         return self.counts_RK[:, [self._place[key] for key in keys]]
 
+    def met(self, keys: Sequence[Sequence[Hashable]]) -> NDArray[np.float32]:
+        """(rounds, len(keys)) of what belongs to more than one key, as a bout does to two pictures: drawn with those of its keys that others
+        have too, and with its first where none is shared.
+
+        What shares both of its keys is drawn as often as one times the other, which makes intervals too wide rather than too narrow
+        (Owen 2007, 0712.1111).
+        """
+        often = Counter(key for own in keys for key in own)
+        by = [[key for key in own if often[key] > 1] or own[:1] for own in keys]
+        out = self.of([own[0] for own in by])
+        for place, own in enumerate(by):
+            for key in own[1:]:
+                out[:, place] *= self.counts_RK[:, self._place[key]]
+        return out
+
     def mean(self, keys: Sequence[Hashable], values: Floats, share: bool = False) -> Figure:
         """Of the values that are there. `share`: values are 0 to 1, so that an interval of no width is widened to Wilson's."""
         known = np.isfinite(values)
         if not known.any():
             return NOTHING
         kept = [key for key, yes in zip(keys, known, strict=True) if yes]
-        value, n = float(values[known].mean()), len(kept)
-        figure = interval(value, self.means(kept, values[known]), n, self.level)
-        if share and values[known].min() == values[known].max() and value in (0.0, 1.0):
+        return self.average(self.of(kept), values[known], len(kept), share)
+
+    def average(self, counts: NDArray[np.float32], values: Floats, n: int, share: bool = False) -> Figure:
+        """`mean` of values by how often each was drawn, (rounds, values); it rests on `n`."""
+        value = float(values.mean())
+        figure = interval(value, weighted(counts, values), n, self.level)
+        if share and values.min() == values.max() and value in (0.0, 1.0):
             z2 = float(stats.norm.ppf((1 + self.level) / 2)) ** 2
             edge = z2 / (n + z2)  # Wilson's score interval of n out of n
             figure = Figure(value, 1 - edge if value == 1 else 0.0, 1.0 if value == 1 else edge, n)
         return figure
-
-    def means(self, keys: Sequence[Hashable], values: Floats) -> Floats:
-        """(rounds,) weighted means; NaN where a draw has none of them."""
-        counts = self.of(keys).astype(np.float64)
-        total = counts.sum(1)
-        return np.divide(counts @ values, total, out=np.full(len(total), np.nan), where=total > 0)
 
     def difference(self, one: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> tuple[Figure, bool]:
         """Mean of `one` less mean of `other`: over the prompts of both where they share any (paired), else of all of each."""
         shared = [key for key in one if key in other and np.isfinite(one[key]) and np.isfinite(other[key])]
         if shared:
             values = np.array([one[key] - other[key] for key in shared])
-            return interval(float(values.mean()), self.means(shared, values), len(shared), self.level), True
+            return interval(float(values.mean()), weighted(self.of(shared), values), len(shared), self.level), True
         sides = [[key for key, value in side.items() if np.isfinite(value)] for side in (one, other)]
         if not all(sides):
             return NOTHING, False
         a, b = (np.array([side[key] for key in keys]) for side, keys in zip((one, other), sides, strict=True))
-        draws = self.means(sides[0], a) - self.means(sides[1], b)
+        draws = weighted(self.of(sides[0]), a) - weighted(self.of(sides[1]), b)
         return interval(float(a.mean() - b.mean()), draws, min(map(len, sides)), self.level), False
+
+
+def weighted(counts: NDArray[np.float32], values: Floats) -> Floats:
+    """(rounds,) means of values by how often each was drawn; NaN where a draw has none of them."""
+    total = counts.sum(1, dtype=np.float64)
+    return np.divide(counts.astype(np.float64) @ values, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def interval(value: float, draws: Floats, n: int, level: float = 0.95, centred: bool = False) -> Figure:

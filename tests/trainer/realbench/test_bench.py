@@ -79,6 +79,37 @@ def test_figures_come_out_and_nothing_is_asked_twice(world: Path, capsys: pytest
     assert {"contestant", "measure", "value", "low", "high"} <= rows[0].keys() and len(rows) > 20
 
 
+def test_two_are_compared_in_every_figure(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After is nearer to the photographs than before, by every difference; and a folder of other prompts has differences too."""
+    fill(world / "mine", 0.4, [f"holiday {i}" for i in range(36)], seed=3)
+    with stub.serve() as service:
+        file = bench(world / "b.yaml", service.url, **options(world), features="world/monitors")
+        command = ["compare", f"before={world / 'dark'}", f"after={world / 'again'}", "--bench", str(file)]
+        assert evaluate([*command, "--out", str(world / "out")]) == 0
+        found, said = results(world), capsys.readouterr().out
+        assert evaluate([*command[:2], str(world / "mine"), *command[3:], "--out", str(world / "other")]) == 0
+    assert [c["name"] for c in found["contestants"]] == ["photographs", "before", "after"] and found["changes"] == []
+    rows = {d["measure"]: d for d in found["differences"] if (d["a"], d["b"]) == ("before", "after")}
+    better = {"real", "real, share above 0.5", "level", "arena, rating", "arena, wins against photographs"}
+    nearer = {"kernel distance"}
+    assert rows.keys() == better | nearer | {"fit", "diversity"}
+    assert all(row["paired"] and row["low"] <= row["value"] <= row["high"] for row in rows.values())
+    assert all(rows[name]["low"] > 0 and rows[name]["higher_is_better"] is not False for name in better)
+    assert all(rows[name]["high"] < 0 and rows[name]["higher_is_better"] is False for name in nearer)
+    ratings = {r["contestant"]: r["value"] for r in found["arena"]["ratings"]}
+    assert rows["arena, rating"]["value"] == pytest.approx(ratings["after"] - ratings["before"])
+    values = [figure(found, name, "distance", "kernel")["value"] for name in ("after", "before")]
+    assert rows["kernel distance"]["value"] == pytest.approx(values[0] - values[1])
+    assert "kernel distance: after less before" in said and "(clear)" in said
+    found = json.loads((world / "other" / "results.json").read_text())
+    rows = {d["measure"]: d for d in found["differences"] if (d["a"], d["b"]) == ("before", "mine")}
+    kernel, lost = rows["kernel distance"], rows["arena, wins against photographs"]
+    assert not kernel["paired"] and kernel["low"] < kernel["value"] < kernel["high"]
+    assert lost["low"] < lost["value"] == 0 < lost["high"] < 0.2, "both lose every bout: still no certainty"
+    rate = next(r for r in found["arena"]["rates"] if r["b"] == "mine")
+    assert rate["n"] == 36 and rate["wins"] + rate["ties"] + rate["losses"] == 40, "pictures, of which some met two"
+
+
 def test_a_service_that_goes_away_half_way_is_resumed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(world / "dark")]
     with stub.serve(most=130) as service:
@@ -182,7 +213,8 @@ def test_a_judge_that_always_says_the_first_has_no_preference(world: Path) -> No
     with stub.serve(first=True) as service:
         assert run(world, [str(world / "dark")], bench(world / "b.yaml", service.url, **options(world))) == 0
     arena = results(world)["arena"]
-    assert arena["shown_first"] == pytest.approx(0.9) and arena["rates"][0]["value"] == 0.5 and arena["rates"][0]["ties"] == 40
+    assert arena["shown_first"] == pytest.approx(0.9) == arena["shown_first_interval"]["low"]
+    assert arena["rates"][0]["value"] == 0.5 and arena["rates"][0]["ties"] == 40
     assert arena["ratings"][1]["value"] == pytest.approx(0, abs=1e-6)
 
 

@@ -72,7 +72,7 @@ def test_unparsed_answers_are_counted_apart_and_never_scored(tmp_path: Path) -> 
         service.most = None
         assert evaluate(command) == 0
         asked = len(service.asked)
-        assert asked == 40 + 40 + 2 * 40 or asked == len(set(map(repr, service.asked))), "nothing twice"
+        assert asked == 40 + 40 + 2 * 10 == len(set(map(repr, service.asked))), "nothing twice"
         assert evaluate(command) == 0 and len(service.asked) == asked
     found = json.loads((out / "results.json").read_text())
     figures = {f["contestant"]: f for f in found["figures"] if f["measure"] == "writer"}
