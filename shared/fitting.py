@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from shared.client import LIMITS, RequestFailed, _check_url, _problem
+from shared.client import RequestFailed, _check_url, _fits, _problem
 from shared.errors import ServiceUnreachable
 from shared.fit_wire import (
     MOST_PICTURES,
@@ -81,8 +81,6 @@ class FitClient:
         self._renewed = time.monotonic()
         return self._lease
 
-    renew = lease
-
     def _hold(self, held: str | None) -> Lease:
         return self._ask(Lease, "POST", "lease", Hold(holder=self.holder, seconds=self.seconds, lease=held))
 
@@ -99,12 +97,12 @@ class FitClient:
         prompts: Sequence[str | None] | None = None,
         groups: Sequence[str | None] | None = None,
     ) -> Waiting | None:
-        """Examples for the next refit: pictures (H, W, 3) uint8. Sent in pieces below the body limit; None when there are none."""
+        """Examples for the next refit: pictures (H, W, 3) uint8. Sent in pieces below what a service takes; None when there are none."""
         prompts = prompts if prompts is not None else [None] * len(images)
         groups = groups if groups is not None else [None] * len(images)
         told: Waiting | None = None
         items: list[FitPicture] = []
-        size = 0
+        load = 0, 0, 0
 
         def send() -> Waiting:
             body = pack(FitPictures.model_construct(lease=self._shown(), side=side, items=items))
@@ -112,10 +110,11 @@ class FitClient:
 
         for image, prompt, group in zip(images, prompts, groups, strict=True):
             data = encode(image, self.encoding)
-            if items and (len(items) == MOST_PICTURES or size + len(data.data) > LIMITS[1]):
-                told, items, size = send(), [], 0
+            cost = 1, len(data.data), data.height * data.width
+            if items and (len(items) == MOST_PICTURES or not _fits(load, [cost])):
+                told, items, load = send(), [], (0, 0, 0)
             items.append(FitPicture.model_construct(image=data, prompt=prompt, group=group))
-            size += len(data.data)
+            load = load[0] + cost[0], load[1] + cost[1], load[2] + cost[2]
         return send() if items else told
 
     def fit(self, *, publish: bool = True, until_accuracy: float | None = None, rounds: int | None = None) -> FitState:
@@ -128,8 +127,8 @@ class FitClient:
         return self._ask(FitState, "GET", "fit")
 
     def wait(self, timeout_s: float = 600.0, progress: Callable[[FitState], None] | None = None, every_s: float = 0.2) -> FitState:
-        """Until the refit is over, however it went. TimeoutError when it is not by then; RequestFailed `fit-lost` when the service was
-        started again meanwhile: it serves the last version, and the pictures have to be sent again."""
+        """Until the refit is over, however it went. TimeoutError when it is not by then; RequestFailed `fit-lost` when the service ended
+        meanwhile: started again it serves the last version, and the pictures have to be sent again."""
         end, away = time.monotonic() + timeout_s, None
         while True:
             try:
@@ -141,7 +140,7 @@ class FitClient:
                 if progress is not None:
                     progress(state)
                 if state.outcome == "idle":
-                    title = f"{self.reward}: the refit is gone, for its service was started again; add the pictures and fit again"
+                    title = f"{self.reward}: the refit is gone, for its service ends or was started again; add the pictures and fit again"
                     raise RequestFailed(Problem(type="urn:verism:fit-lost", title=title, retryable=True))
                 if state.outcome != "running":
                     return state
