@@ -128,7 +128,7 @@ def throughput(url: str, admin: str, images: Sequence[np.ndarray], rounds: int, 
                     fits.add("real", images[:SIDE])
                     fits.add("generated", images[SIDE : 2 * SIDE])
                     fits.fit(until_accuracy=1.0, rounds=10_000)
-                    while fits.state().round == 0:
+                    while (state := fits.state()).round == 0 and state.outcome == "running":
                         time.sleep(0.1)
                     before = steps_so_far()
                 rate = window()
