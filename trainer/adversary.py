@@ -409,7 +409,8 @@ class Detector:
                 break
             except (RequestFailed, ServiceUnreachable) as error:
                 reason = error
-                if not isinstance(error, ServiceUnreachable) and _kind(error) not in (*LOST, "refitting"):
+                again = isinstance(error, ServiceUnreachable) or error.problem().retryable  # one that shuts down is away soon
+                if not again and _kind(error) not in (*LOST, "refitting"):
                     break
         with suppress(RequestFailed, ServiceUnreachable):
             self._anew(before)  # what was left of it, a candidate or waiting pictures, goes
@@ -445,7 +446,7 @@ class Detector:
     def snapshot(self) -> str | None:
         """What went wrong, or nothing."""
         try:
-            self._patiently(self.fits.snapshot)
+            self._patiently(self._kept)
         except (RequestFailed, ServiceUnreachable) as error:
             return str(error)
         return None
@@ -461,6 +462,12 @@ class Detector:
         with self._leasing:
             self.fits.lease()
         self.fits.rollback(version)
+
+    def _kept(self) -> None:
+        """A snapshot, also by a service that was started again and knows of no lease."""
+        with self._leasing:
+            self.fits.lease()
+        self.fits.snapshot()
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """Again while the service is away, for as long as scores are waited for; or for as long as a lease lasts, where another has it."""

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

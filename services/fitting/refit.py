@@ -137,7 +137,8 @@ def split(real: Sequence[Example], generated: Sequence[Example], share: float) -
 
     def part(wanted: bool) -> Pairs:
         chosen = [unit for unit, out in zip(units, held, strict=True) if out == wanted]
-        return pairs_of([one for unit in chosen for one in _own(unit[0], share, wanted)], [one for unit in chosen for one in unit[1]])
+        reals = [one for unit in chosen for one in _own(unit[0], share, wanted)]
+        return pairs_of(reals, [one for unit in chosen for one in unit[1]])
 
     return part(False), part(True)
 

@@ -182,8 +182,8 @@ class Room:
         size = held + sum(one.item.image.nbytes for name, one in fresh.items() if name not in known)
         if size > self.options.waiting_bytes:
             raise TooLarge(
-                f"{size / 2**20:.0f} MiB of pictures would wait for a refit of {self.name}, {held / 2**20:.0f} do already: begin it, send fewer "
-                f"(a trainer's adversary.{self.name}.pictures), or raise the service's fit.waiting_bytes",
+                f"{size / 2**20:.0f} MiB of pictures would wait for a refit of {self.name}, {held / 2**20:.0f} do already: begin it, send "
+                f"fewer (a trainer's adversary.{self.name}.pictures), or raise the service's fit.waiting_bytes",
                 limit=self.options.waiting_bytes,
                 observed=size,
             )
@@ -370,7 +370,10 @@ class Room:
             _quiet(self.options.threads)
             changes = self._refitted(asked, learned, proof, loop)
         except Stopped:
-            changes = {"reason": "it was ended by a rollback, or because the service shuts down; nothing has changed"}
+            changes = {
+                "outcome": "idle",  # as after a restart, so that whoever waits makes it again
+                "reason": "it was ended by a rollback, or because the service shuts down; nothing has changed",
+            }
         except OSError as error:
             log.error("refit of %s cannot be kept", self.name, exc_info=error)
             changes = {"reason": f"the new version cannot be written ({error.strerror}): make room, and fit again"}

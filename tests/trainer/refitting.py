@@ -52,6 +52,7 @@ class Refitting:
         default_factory=list
     )  # rewards, pins, pictures of each request
     before_score: Any = None  # called before a request to /score
+    away: int = 0  # so many requests to the admin listener are answered as by a service that shuts down
 
     def restart(self) -> None:
         """As a process that is started again from its folder: no lease, nothing waiting, no refit."""
@@ -87,6 +88,9 @@ class Refitting:
 
     def admin(self, method: str, what: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         now = time.monotonic()
+        if self.away:
+            self.away -= 1
+            return 503, {"type": "urn:verism:not-ready", "title": "this service is shutting down", "retryable": True}
         if what == "lease" and method == "POST":
             if body.get("lease") not in (None, self.lease):
                 return 409, {"type": "urn:verism:no-lease", "title": "take it again", "retryable": False}

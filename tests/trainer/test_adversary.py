@@ -192,6 +192,22 @@ def test_a_service_started_again_in_the_middle_of_a_refit_refits_again_to_the_sa
     assert numbers(tmp_path / "lost") == numbers(tmp_path / "whole")
 
 
+def test_a_service_that_shuts_down_is_waited_for_and_the_refit_made_again(tmp_path: Path) -> None:
+    with serve() as service:
+        run(config(service.url), tmp_path / "whole")
+        whole = service.versions
+
+    def shut_down(service: Refitting) -> None:
+        if service.version == 2:
+            service.away, service.before_score = 3, None
+
+    with serve() as service:
+        service.before_score = shut_down
+        run(config(service.url, reward_outage_s=30), tmp_path / "away")
+        assert service.before_score is None and service.versions == whole
+    assert numbers(tmp_path / "away") == numbers(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("keep_out", "kept out: for the test"), ("fail", "failed: for the test"), ("refuse", "too few real pictures")],
@@ -286,6 +302,16 @@ def test_a_lease_that_ran_out_is_taken_again(service: Refitting, tmp_path: Path)
     service.before_score = late
     assert run(config(service.url), tmp_path / "run") == "finished"
     assert service.version == 5
+
+
+def test_a_service_that_was_started_again_keeps_the_version_of_a_checkpoint(service: Refitting, tmp_path: Path) -> None:
+    detector = Detector("brightness", AdversaryConfig(admin=service.url, **ADVERSARY), tmp_path, 0.0)  # type: ignore[arg-type]
+    try:
+        detector.open()
+        service.restart()
+        assert detector.snapshot() is None and service.snapshots == {1}
+    finally:
+        detector.close()
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,9 @@ def test_a_service_that_ends_drops_a_running_refit(tmp_path: Path) -> None:
             await service.add(side, pictures(40, centre, number))  # type: ignore[arg-type]
         await service.post("fit", {"lease": service.lease, "rounds": 10_000})
         await asyncio.sleep(0.1)
+        await service.state.drain()
+        told = service.state.rewards["linear"].room.state
+        assert told.outcome == "idle" and "shuts down" in told.reason, "as after a restart: whoever waits makes it again"
 
     began = time.monotonic()
     in_service(run, tmp_path, head={"seconds": 0.02, "unsure": True})
