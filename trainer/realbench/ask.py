@@ -114,6 +114,11 @@ def chat(judge: Chat, entry: Entry, looked: Mapping[str, Looked], ledger: Ledger
     text = judge.judge.question or REAL_OR_FAKE
     question = question_of_chat(judge, text)
     open_ = wanted(entry, looked, question, None, ledger)
+    open_.sort(
+        key=lambda picture: key(question, picture, looked[picture.key].sha, None) in ledger.rows
+    )  # what failed before comes last
+    judge.answered |= any(row["question"] == question and row.get("text") for row in ledger.rows.values())
+    lacking = 0
     for start in range(0, len(open_), _CHUNK):
         if judge.gave_up.is_set():
             break
@@ -127,6 +132,7 @@ def chat(judge: Chat, entry: Entry, looked: Mapping[str, Looked], ledger: Ledger
             error = said.error if said.text is None else None if value is not None else "unparsed"
             row = dict(zip(FIELDS, key(question, chunk[i], looked[chunk[i].key].sha, None), strict=True))
             ledger.add([{**row, "value": value, "error": error, "retry": said.retry, "text": (said.text or "")[:500]}])
+            lacking += said.retry
             tell(1)
-    if judge.gave_up.is_set():
-        away.why[judge.name] = f"{judge.judge.url} stopped answering"
+    if judge.gave_up.is_set() or lacking:
+        away.why[judge.name] = f"{judge.judge.url}: {judge.why}"

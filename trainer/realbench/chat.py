@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -43,15 +43,18 @@ More Realistic Image: Image 1 (or: Image 2)
 Reason: one sentence"""
 _LONGEST = 1_000_000  # bytes of an answer
 _PAUSE_S = 1.0
+_IN_A_ROW = 5  # questions without an answer, after which a judge is given up
+_NO_USE = (401, 402, 403, 404)  # no later picture would fare better
 
 
 @dataclass(frozen=True)
 class Said:
-    """Text, or an error (`retry`: asking later may help)."""
+    """Text, or an error (`retry`: asking later may help) and `why`: how the body began."""
 
     text: str | None = None
     error: str | None = None
     retry: bool = False
+    why: str = ""
 
 
 def real_or_fake(text: str) -> float | None:
@@ -70,7 +73,9 @@ def more_realistic(text: str) -> float | None:
 
 
 class Chat:
-    """One judge. After a refusal of the key, or an endpoint that stays away, it `gave_up`: nothing more is asked in this process."""
+    """One judge. After a refusal of the key or of payment, or _IN_A_ROW questions without an answer, it `gave_up`: nothing more is asked in
+    this process. `why` is the reason; `answered` whether it ever answered.
+    """
 
     def __init__(self, name: str, judge: Judge, sleep: Callable[[float], None] = time.sleep) -> None:
         """ConfigError where the key is not set."""
@@ -84,6 +89,9 @@ class Chat:
         self._url = f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
         self._http = httpx.Client(headers=headers, timeout=judge.timeout_s, limits=httpx.Limits(max_connections=judge.workers))
         self.gave_up = threading.Event()
+        self.why = ""
+        self.answered = False
+        self._failed, self._lock = 0, threading.Lock()
 
     def close(self) -> None:
         self._http.close()
@@ -100,11 +108,25 @@ class Chat:
             if self.gave_up.is_set():
                 return said
             said, pause = self._once(body)
-            if not said.retry:
-                return said
+            if pause is None:
+                break
             if attempt + 1 < self.judge.tries:
                 self._sleep(pause or _PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
-        self.gave_up.set()
+        return self._counted(said)
+
+    def _counted(self, said: Said) -> Said:
+        """A refusal of one picture among answers is that picture's own, and settled; of several in a row it may be the judge's."""
+        with self._lock:
+            if not said.why:
+                self.answered, self._failed = True, 0
+                return said
+            if not said.retry and (self._failed or not self.answered):
+                said = replace(said, retry=True)
+            self._failed += 1
+            if not self.gave_up.is_set():
+                self.why = said.why
+            if self._failed >= _IN_A_ROW:
+                self.gave_up.set()
         return said
 
     def _body(self, text: str, images: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
@@ -116,33 +138,40 @@ class Chat:
             "temperature": self.judge.temperature,
         }
 
-    def _once(self, body: dict[str, Any]) -> tuple[Said, float]:
-        """One try, and how long it wants to be left alone."""
+    def _once(self, body: dict[str, Any]) -> tuple[Said, float | None]:
+        """One try, and how long to wait before the next; None when another would not help."""
         try:
             with self._http.stream("POST", self._url, json=body) as answer:
                 data = b""
                 for piece in answer.iter_bytes():
                     data += piece
                     if len(data) > _LONGEST:
-                        return Said(error="urn:verism:answer-too-long"), 0.0
+                        return Said(error="urn:verism:answer-too-long"), None
         except httpx.HTTPError as error:
             kind = "timeout" if isinstance(error, httpx.TimeoutException) else "unreachable"
-            return Said(error=f"urn:verism:{kind}", retry=True), 0.0
-        if answer.status_code in (401, 403, 404):  # no later picture would fare better
-            self.gave_up.set()
-            return Said(error=f"urn:verism:http-{answer.status_code}", retry=True), 0.0
-        if answer.status_code == 429 or answer.status_code >= 500:
-            wait = answer.headers.get("retry-after", "")
-            return Said(error=f"urn:verism:http-{answer.status_code}", retry=True), min(
-                float(wait), 120.0
-            ) if wait.isdecimal() else 0.0
-        if answer.status_code != 200:
-            return Said(error=f"urn:verism:http-{answer.status_code}"), 0.0
+            return Said(error=f"urn:verism:{kind}", retry=True, why=str(error) or kind), 0.0
+        code = answer.status_code
+        if code != 200:
+            begun = _begun(data) or answer.headers.get("location", "")
+            said = Said(error=f"urn:verism:http-{code}", retry=True, why=f"HTTP {code}{': ' * bool(begun)}{begun}")
+            if code in _NO_USE or 300 <= code < 400:
+                self.why = said.why
+                self.gave_up.set()
+                return said, None
+            if code == 429 or code >= 500:
+                wait = answer.headers.get("retry-after", "")
+                return said, min(float(wait), 120.0) if wait.isdecimal() else 0.0
+            return replace(said, retry=False), None
         try:
             text = httpx.Response(200, content=data).json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            return Said(error="urn:verism:bad-answer"), 0.0
-        return (Said(text=text), 0.0) if isinstance(text, str) else (Said(error="urn:verism:refused"), 0.0)
+            return Said(error="urn:verism:bad-answer", why=f"no chat's answer: {_begun(data)}"), None
+        return (Said(text=text) if isinstance(text, str) else Said(error="urn:verism:refused")), None
+
+
+def _begun(data: bytes) -> str:
+    """The start of a body, as a line for a reader."""
+    return "".join(c for c in " ".join(data[:1000].decode(errors="replace").split()) if c.isprintable())[:200]
 
 
 def _png(image: NDArray[np.uint8]) -> str:

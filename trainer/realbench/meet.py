@@ -84,6 +84,7 @@ def _open(
         if not known and able(bout, looked, judge.needs_prompt):
             asked.add(where)
             out.append((bout, where, turned))
+    out.sort(key=lambda one: one[1] in ledger.rows)  # what failed before comes last
     return out
 
 
@@ -189,16 +190,18 @@ class ByChat:
         def ask(one: Picture, other: Picture) -> Callable[[], tuple[str, list[Pixels]]]:
             return lambda: (MORE_REALISTIC, [seen(one), seen(other)])
 
+        lacking = 0
         for start in range(0, len(bouts), 64):
             if self.chat.gave_up.is_set():
                 break
             chunk = bouts[start : start + 64]
             questions = [ask(*both) for bout in chunk for both in ((bout.one, bout.other), (bout.other, bout.one))]
             said = [one for _, one in self.chat.ask_all(questions)]
+            lacking += sum(one.retry for one in said)
             for i, (forward, backward) in enumerate(zip(said[::2], said[1::2], strict=True)):
                 yield start + i, self._read(forward, backward)
-        if self.chat.gave_up.is_set():
-            away.why["arena"] = f"{self.chat.judge.url} stopped answering"
+        if self.chat.gave_up.is_set() or lacking:
+            away.why["arena"] = f"{self.chat.judge.url}: {self.chat.why}"
 
     def _read(self, forward: Said, backward: Said) -> Row:
         first, second = (None if one.text is None else more_realistic(one.text) for one in (forward, backward))

@@ -59,7 +59,7 @@ class Resamples:
         have too, and with its first where none is shared.
 
         What shares both of its keys is drawn as often as one times the other, which makes intervals too wide rather than too narrow
-        (Owen 2007, 0712.1111).
+        (Owen, The pigeonhole bootstrap, 2007).
         """
         often = Counter(key for own in keys for key in own)
         by = [[key for key in own if often[key] > 1] or own[:1] for own in keys]
