@@ -144,8 +144,11 @@ class Room:
         try:
             self.at = self._newest() or self._begun(taken(weights), base.version)
             self.reward = self.fitter.reward(self.at.weights, self.at.version)
-        except BaseException:
+        except BaseException as error:
             self.store.close()
+            if isinstance(error, OSError):
+                why = f"fit.folder: {place} cannot be written ({error.strerror}); make room, or name another one"
+                raise ValueError(f"reward {name!r}: {why}") from error
             raise
         self._waiting: dict[Side, dict[tuple[str, str | None, str | None], Example]] = {"real": {}, "generated": {}}
         self._lane: Lane[Item, Score] | None = None

@@ -140,9 +140,6 @@ class Store:
     ) -> None:
         """`pictures` holds at least those that `state.replay` names and no earlier version did. OSError leaves everything as it was."""
         with self._mutex:
-            for key in dict.fromkeys(key for pair in state.replay.pairs for key in (pair.real, pair.generated)):
-                if key in pictures:
-                    self._keep_picture(key, pictures[key])
             files = {
                 "weights.safetensors": save({name: _plain(value) for name, value in state.weights.items()}),
                 "state.safetensors": save(
@@ -166,6 +163,9 @@ class Store:
             beside = place.with_name(f".{place.name}.new")
             shutil.rmtree(beside, ignore_errors=True)
             try:
+                for key in dict.fromkeys(key for pair in state.replay.pairs for key in (pair.real, pair.generated)):
+                    if key in pictures:
+                        self._keep_picture(key, pictures[key])
                 beside.mkdir()
                 for name, data in {**files, "meta.json": meta.model_dump_json(indent=1).encode()}.items():
                     _write(beside / name, data)
@@ -175,6 +175,8 @@ class Store:
                 _sync(place.parent)
             except BaseException:
                 shutil.rmtree(beside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.tidy()  # pictures that no version names
                 raise
             self.metas[state.version] = meta
 

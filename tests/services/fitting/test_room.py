@@ -483,6 +483,15 @@ def test_a_refit_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     in_service(run, tmp_path)
 
 
+def test_a_folder_without_room_refuses_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("services.fitting.store.os.fsync", full)
+    with pytest.raises(ValueError, match=r"reward 'linear': fit\.folder: .* \(No space left on device\); make room"):
+        in_service(lambda service: asyncio.sleep(0), tmp_path)
+
+
 def test_what_a_fitter_cannot_be_fitted_on_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(service: Service) -> None:
         def refuse(*arguments: Any) -> None:

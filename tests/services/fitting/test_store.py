@@ -219,15 +219,23 @@ def test_a_kill_while_writing_leaves_what_was(tmp_path: Path) -> None:
     assert not list((tmp_path / "pictures").rglob("*.new"))
 
 
-def test_a_full_disk_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_a_full_disk_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """However many files there is room for, of two new pictures and a version's."""
+    held = {key_of(one): one for one in pictures(3, 120, 0)}
+    first, *others = held
     with opened(tmp_path) as store:
-        store.write(state(1), None, published=True, pictures={})
+        store.write(state(1, pairs=(PastPair(first, None, first, None),)), None, published=True, pictures=held)
+        before = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+        left = [None] * room
 
         def full(*arguments: Any) -> None:
-            raise OSError(28, "No space left on device")
+            if not left:
+                raise OSError(28, "No space left on device")
+            left.pop()
 
         monkeypatch.setattr("services.fitting.store.os.fsync", full)
         with pytest.raises(OSError, match="No space"):
-            store.write(state(2), None, published=True, pictures={})
-        assert store.published() == [1]
-    assert [one.name for one in (tmp_path / "versions").iterdir()] == ["00000001"]
+            store.write(state(2, pairs=(PastPair(others[0], None, others[1], None),)), None, published=True, pictures=held)
+        assert store.published() == [1] and np.array_equal(store.picture(first), held[first])
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == before
