@@ -1,6 +1,7 @@
 """Every question about a single picture, asked once: of rewards over HTTP, and of judges that write."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared.panel import Look, Panel
@@ -56,7 +57,9 @@ def wanted(entry: Entry, looked: Mapping[str, Looked], question: str, info: Rewa
 def rewards(
     panel: Panel, names: Sequence[str], entry: Entry, looked: Mapping[str, Looked], ledger: Ledger, away: Away, tell: Tell
 ) -> None:
-    """Rewards that want the same pictures share their requests. A reward whose whole request fails for a while is left for the next call."""
+    """Rewards that want the same pictures share their requests. A reward whose whole request fails for a while is left for the next call, and
+    the others go on without it.
+    """
     together: dict[tuple[str, ...], list[str]] = {}
     by_key = {picture.key: picture for picture in entry.pictures}
     for name in names:
@@ -69,21 +72,17 @@ def rewards(
         for places, rows in _answers(panel, group, [by_key[k] for k in keys], looked, away):
             ledger.add(rows)
             tell(len(places) * len(group))
-            group[:] = [name for name in group if name not in away.why]
-            if not group:
-                break
+        if any(name in away.why for name in group):
+            return rewards(panel, names, entry, looked, ledger, away, tell)
 
 
 def _answers(
     panel: Panel, names: Sequence[str], pictures: Sequence[Picture], looked: Mapping[str, Looked], away: Away
 ) -> Iterator[tuple[range, list[Row]]]:
-    looks: list[Look] = [_look(picture) for picture in pictures]
-    asked = tuple(names)
-    for places, table in panel.told(asked, looks):
+    looks = _Looks(map(_look, pictures), lambda: any(name in away.why for name in names))
+    for places, table in panel.told(names, looks):
         rows: list[Row] = []
-        for name, scores in zip(asked, table.scores, strict=True):
-            if name in away.why:
-                continue
+        for name, scores in zip(names, table.scores, strict=True):
             info = panel.infos[name]
             if table.versions.get(name, info.version) != info.version:
                 away.why[name] = "its weights changed in the middle: call again"
@@ -95,6 +94,17 @@ def _answers(
                 if len(errors) == len(scores):
                     away.why[name] = errors[0].title
         yield places, rows
+
+
+class _Looks(list[Look]):
+    """They end when somebody stops answering: what is under way then is still waited for, and no more is sent."""
+
+    def __init__(self, looks: Iterable[Look], ended: Callable[[], bool]) -> None:
+        super().__init__(looks)
+        self._ended = ended
+
+    def __iter__(self) -> Iterator[Look]:
+        return itertools.takewhile(lambda _: not self._ended(), super().__iter__())
 
 
 def _look(picture: Picture) -> Look:
