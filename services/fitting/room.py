@@ -274,6 +274,11 @@ class Room:
 
     async def snapshot(self) -> Versions:
         async with self._one:
+            if self.at.version not in self.store.metas:
+                raise Invalid(
+                    f"version {self.at.version} of {self.name} is served, but was damaged on the disk and set aside: refit it, or go back to "
+                    "a kept version"
+                )
             await asyncio.to_thread(self.store.snapshot, self.at.version)
         return self.versions()
 
@@ -283,6 +288,7 @@ class Room:
             self._known(version)
             self._stop.set()
             await self._ended()
+            self._known(version)  # the refit may have been published, and the version have left
             state = await asyncio.to_thread(self._read, version)
             work = await asyncio.to_thread(self._work, state)
             await asyncio.to_thread(self.store.forget_after, version)
@@ -401,7 +407,7 @@ class Room:
 
     def _refitted(self, asked: FitRequest, learned: Pairs, proof: Pairs, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
         self._rested = self._spent()
-        with _low_priority_stream(self.device):
+        with _own_stream(self.device):
             done = refit(
                 self.fitter,
                 self.at,
@@ -557,12 +563,14 @@ def _quiet(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _low_priority_stream(device: str) -> Iterator[None]:
-    """On CUDA a stream of its own of the lowest priority; its work is done when the block ends."""
+def _own_stream(device: str) -> Iterator[None]:
+    """On CUDA a stream of its own; its work is done when the block ends."""
     if not device.startswith("cuda"):
         yield
         return
-    stream = torch.cuda.Stream(torch.device(device), priority=0)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(torch.device(device)), torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    stream = torch.cuda.Stream(torch.device(device))  # type: ignore[no-untyped-call]
+    try:
+        with torch.cuda.device(torch.device(device)), torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()

@@ -223,6 +223,26 @@ def test_a_snapshot_outlives_what_comes_after_it(tmp_path: Path) -> None:
     in_service(run, tmp_path, keep=1)
 
 
+def test_a_version_that_left_meanwhile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(service: Service) -> None:
+        room = service.state.rewards["linear"].room
+        await service.take()
+        await service.fit(0)
+
+        async def published_just_before_it_was_stopped() -> None:
+            room.store._remove(1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "_ended", published_just_before_it_was_stopped)
+            gone = problem(await service.post("rollback", {"lease": service.lease, "version": 1}), 422)
+            assert "kept are 2" in gone["title"]
+        room.store._aside(2, "for the test")
+        lost = problem(await service.post("snapshot", {"lease": service.lease}), 422)
+        assert "version 2 of linear is served, but was damaged" in lost["title"]
+
+    in_service(run, tmp_path)
+
+
 def test_what_is_not_published_waits_also_over_a_restart(tmp_path: Path) -> None:
     some = pictures(4, 130, 3)
 
