@@ -64,7 +64,7 @@ def beside(folder: Path) -> Iterator[str]:
 
     A page that cannot be served stops no training: then that is what is said.
     """
-    command = [sys.executable, "-m", "trainer.watch", "--beside", "--", str(folder)]
+    command = [sys.executable, "-P", "-m", "trainer.watch", "--beside", "--", str(folder)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=_variables()
     )
@@ -78,7 +78,7 @@ def beside(folder: Path) -> Iterator[str]:
 
 
 def _variables() -> dict[str, str]:
-    """This repository's `trainer` first, whatever the working directory holds."""
+    """This repository's `trainer` first; -P keeps that of the working directory out."""
     root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
