@@ -1,6 +1,7 @@
 """A browser watches runs: one that really trains, invented ones that grow, and folders that mean harm. Desktop and phone."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from playwright.sync_api import Browser, Page
 from tests.browser.chromium import needs_chromium
 from tests.trainer.run.service import recipe, serve
 from tests.trainer.watch.runs import a_grid, a_run, append, evaluation, step
+from trainer.watch import server as server_module
+from trainer.watch.record import Record
 from trainer.watch.server import Server, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,6 +223,29 @@ def test_nothing_from_a_folder_becomes_markup(watching: Any, open_page: Any, tmp
     assert page.locator("img").count() == 0 and page.locator("script").count() == 1 and page.locator("section b b").count() == 0
     assert "owned" not in page.title().replace("document.title='owned'", "")
     assert "onerror" in page.inner_text("#warnings") and "\u202e" not in page.inner_text("body")
+
+
+def test_runs_that_are_left_out_or_cannot_be_shown_are_said(
+    watching: Any, open_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "RUNS", 3)
+    for n, name in enumerate("abcde"):
+        a_run(tmp_path / name, [evaluation(0), step(1), evaluation(2)], name=name)
+        os.utime(tmp_path / name / "metrics.jsonl", (1e9 + n, 1e9 + n))
+    inner = Record.brief
+
+    def stumble(record: Record) -> dict[str, Any]:
+        if record.folder.name == "d" and record.seen:
+            raise TypeError("nobody thought of this")
+        return inner(record)
+
+    monkeypatch.setattr(Record, "brief", stumble)
+    page = open_page(watching(tmp_path))
+    wait(page, "document.querySelectorAll('#apart .card').length === 2")
+    assert page.locator(".run .name").all_inner_texts() == ["e", "d", "c"]
+    assert "2 more runs, written to longer ago, are left out" in page.inner_text("#runs")
+    assert "cannot be shown (TypeError: nobody thought of this)" in page.inner_text("#runs")
+    assert "this run cannot be shown" in page.inner_text("#warnings")
 
 
 def test_a_server_that_went_away_is_found_again(watching: Any, open_page: Any, tmp_path: Path) -> None:

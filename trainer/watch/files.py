@@ -60,7 +60,10 @@ def names(folder: Path, limit: int = 20_000) -> list[str]:
 
 def plain(value: Any, limit: int = 200) -> str:
     """Text of at most `limit` characters that can be shown: no control characters, nothing that turns the direction of what follows."""
-    text = value if isinstance(value, str) else "" if value is None else str(value) if isinstance(value, int | float) else "?"
+    try:
+        text = value if isinstance(value, str) else "" if value is None else str(value) if isinstance(value, int | float) else "?"
+    except ValueError:  # an integer of thousands of digits
+        text = "?"
     cut = text[: limit + 1]
     shown = "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") else " " for c in cut)
     return f"{shown[:limit]}…" if len(text) > limit else shown

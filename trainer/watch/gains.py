@@ -28,7 +28,7 @@ def gains(first: Mapping[str, Any], now: Mapping[str, Any], held: Mapping[str, f
             others[name] = sign * rise / spread
     before, after = finite(first.get("distance")), finite(now.get("distance"))
     if before and after is not None and before > 0:
-        others["distance"] = math.log(before / max(after, 1e-3 * before))
+        others["distance"] = -math.log(max(after / before, 1e-3))
     hits = [_odds(finite(row.get("class_hit")), finite(row.get("n"))) for row in (first, now)]
     if hits[0] is not None and hits[1] is not None:
         others["class hit"] = hits[1] - hits[0]

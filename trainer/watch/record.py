@@ -52,8 +52,9 @@ class Record:
         self.alarms: list[dict[str, Any]] = []
         self._warnings: deque[dict[str, Any]] = deque(maxlen=WARNINGS)
         self._seconds: deque[dict[str, float]] = deque(maxlen=RECENT)
-        self._versions: dict[str, dict[str, Any]] = {}
-        self._hacked, self.last = "", -1
+        self._versions: dict[str, dict[str, float]] = {}
+        self._changes: dict[str, list[int]] = {}  # steps in which a detector came to another version
+        self._hacked, self._problem, self.last = "", "", -1
 
     def look(self, until: float) -> bool:
         """Read what is new, until a moment of time.monotonic(); whether anything is left to read."""
@@ -73,6 +74,12 @@ class Record:
         self._state = state
         self.revision += changed
         return self._more
+
+    def stumbled(self, error: Exception) -> None:
+        """Over something that nobody thought of, while it was read."""
+        text = trouble(error)
+        self.revision += text != self._problem
+        self._problem = text
 
     def _differs(self, what: str, now: Any) -> bool:
         before, self._stamps[what] = self._stamps.get(what, ""), now
@@ -153,11 +160,12 @@ class Record:
         number = finite(value)
         if number is None or (name not in self._versions and len(self._versions) >= 32) or len(what) > 40:
             return
-        known = self._versions.setdefault(plain(name, 80), {})
+        name = plain(name, 80)
+        known = self._versions.setdefault(name, {})
         if what == "version" and known.get("version") not in (None, number):
-            known["changes"] = [*known.get("changes", []), step][-200:]
+            self._changes[name] = [*self._changes.get(name, []), step][-200:]
         if what == "kept_out" and number > known.get("kept_out", 0):  # counted from the run's start
-            self._warn(f"kept out {name}", step, f"a refit of {plain(name, 80)} was kept out or failed: the version before goes on")
+            self._warn(f"kept out {name}", step, f"a refit of {name} was kept out or failed: the version before goes on")
         if len(known) < 20 or what in known:
             known[what] = number
 
@@ -238,7 +246,7 @@ class Record:
 
     def _step_s(self) -> float | None:
         wholes = [sum(parts.values()) for parts in self._seconds if parts]
-        return statistics.median(wholes) if wholes else None
+        return finite(statistics.median(wholes)) if wholes else None
 
     def brief(self) -> dict[str, Any]:
         """What is asked for again and again."""
@@ -269,7 +277,7 @@ class Record:
             "text": self.about.text,
             "mode": self.about.mode,
             "rewards": self.about.rewards,
-            "detectors": self._versions,
+            "detectors": {name: {**known, "changes": self._changes.get(name, [])} for name, known in self._versions.items()},
             "best_step": finite(self.done.get("best_step")),
             "alarms": self.alarms,
             "warnings": self.warnings(),
@@ -287,6 +295,8 @@ class Record:
         def say(kind: str, text: str, level: str = "warn") -> None:
             now.append({"kind": kind, "step": None, "until": None, "text": text, "level": level})
 
+        if self._problem:
+            say("problem", f"not all of this run could be read ({self._problem}): what is shown may lack something", "bad")
         if self._state == "gone":
             say("gone", "the folder is gone; what it held is not shown any more")
         if self._state == "quiet":
@@ -299,6 +309,11 @@ class Record:
         if self.steps.left_out or self.evals.left_out:
             say("columns", "more kinds of numbers than a run has: some are left out")
         return now + sorted([*self._warnings, *self._said], key=lambda w: -w["until"])[:WARNINGS]
+
+
+def trouble(error: Exception) -> str:
+    """In words that can be shown."""
+    return plain(f"{type(error).__name__}: {error}", 200)
 
 
 def _changed(folder: Path) -> int | None:

@@ -8,18 +8,18 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from trainer.watch.files import names
-from trainer.watch.record import Record
+from trainer.watch.files import names, stamp
+from trainer.watch.record import Record, trouble
 
 PORT, PORTS = 8790, 20  # the first one asked for, and how many above it are tried
-RUNS = 32  # at most
+RUNS = 32  # at most; of more the newest
 EVERY_S, BUDGET_S = 1.0, 0.25  # the folders are looked at so often at most, and for so long at a time, however many watch
 CONNECTIONS = 64
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ class Watch:
         self.paths, self.boot = list(dict.fromkeys(paths)), secrets.token_hex(4)
         self.records: dict[Path, Record] = {}
         self._lock, self._looked, self._next = threading.Lock(), 0.0, 0
-        self.more = False  # something is left to read
+        self.more, self.left_out = False, 0  # whether something is left to read; runs beyond RUNS
 
     def look(self) -> None:
         """Bring all up to date, unless that was just done."""
@@ -55,18 +55,23 @@ class Watch:
             self._find()
             self.more, records = False, list(self.records.values())
             for n in range(len(records)):  # a long one must not keep the others waiting for ever
-                self.more |= records[(self._next + n) % len(records)].look(now + BUDGET_S)
+                record = records[(self._next + n) % len(records)]
+                try:
+                    self.more |= record.look(now + BUDGET_S)
+                except Exception as error:  # nor a bad one take them down
+                    record.stumbled(error)
             self._next += 1
             self._looked = time.monotonic()
 
     def brief(self) -> dict[str, Any]:
         with self._lock:
-            return {"boot": self.boot, "more": self.more, "runs": [record.brief() for record in self.records.values()]}
+            runs = [_shown(record, Record.brief) for record in self.records.values()]
+            return {"boot": self.boot, "more": self.more, "left_out": self.left_out, "runs": runs}
 
     def whole(self, wanted: str, steps: str, evals: str) -> dict[str, Any] | None:
         with self._lock:
             record = self._of(wanted)
-            return record.whole(steps, evals) if record is not None else None
+            return _shown(record, lambda one: one.whole(steps, evals)) if record is not None else None
 
     def grid(self, wanted: str, step: int) -> bytes | None:
         with self._lock:
@@ -83,7 +88,10 @@ class Watch:
             inner = [] if _is_run(path) else sorted(child for name in names(path, 2000) if _is_run(child := path / name))
             found += inner or [path]
         known = [path for path, record in self.records.items() if record.seen]  # one that was there stays, and is said to be gone
-        kept = list(dict.fromkeys([*found, *known]))[:RUNS]
+        kept = list(dict.fromkeys([*found, *known]))
+        self.left_out = max(0, len(kept) - RUNS)
+        if self.left_out:
+            kept = sorted(kept, key=_written, reverse=True)[:RUNS]
         self.records = {path: self.records.get(path) or Record(path, self.boot) for path in kept}
 
 
@@ -92,6 +100,25 @@ def _is_run(path: Path) -> bool:
         return (path / "metrics.jsonl").is_file() or (path / "config.yaml").is_file()
     except (OSError, ValueError):
         return False
+
+
+def _written(path: Path) -> int:
+    """When something was last written into a run, in ns."""
+    at = stamp(path, "metrics.jsonl") or stamp(path, "config.yaml")
+    return at[3] if at is not None else 0
+
+
+def _shown(record: Record, tell: Callable[[Record], dict[str, Any]]) -> dict[str, Any]:
+    """What a run tells, or that it cannot be shown: one that nobody thought of must not take the others down."""
+    try:
+        told = tell(record)
+        json.dumps(told, allow_nan=False)
+        return told
+    except Exception as error:
+        why = f"cannot be shown ({trouble(error)})"
+        warning = {"kind": "problem", "step": None, "until": None, "text": f"this run {why}", "level": "bad"}
+        wrong = {"revision": record.revision, "state": "unreadable", "reason": why, "warnings": [warning]}
+        return tell(Record(record.folder, "")) | wrong
 
 
 class Server(ThreadingHTTPServer):

@@ -85,4 +85,4 @@ def finite(value: Any) -> float | None:
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
+    return None if finite(value) is None else float(f"{value:.6g}")

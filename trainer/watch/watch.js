@@ -6,7 +6,7 @@ const FAST_MS = 2000, SLOW_MS = 10000, AWAY_MS = 5000; // between questions: whi
 const runs = new Map(); // id -> { brief, whole, train, evals, colour, shown, step of the grid that was chosen }
 const drawn = new Map(); // section -> what it was drawn from
 const open = new Set(); // details that somebody opened
-let boot = "";
+let boot = "", leftOut = 0; // runs that the page has no room for
 
 const named = (entries) => Object.assign(Object.create(null), entries); // keys come from outside: "constructor" may be one
 const PARTS = named({ rewrite: ["rewriting", 3], sample: ["sampling", 0], decode: ["decoding", 5], encode: ["text encoding", 6], wait: ["waiting for rewards", 1], train: ["training", 2], refit: ["refitting detectors", 4] });
@@ -80,6 +80,7 @@ async function update() {
   const answer = await ask("runs");
   if (answer.boot !== boot) drawn.clear();
   boot = answer.boot;
+  leftOut = answer.left_out;
   const ids = new Set(answer.runs.map((run) => run.id));
   for (const id of [...runs.keys()]) if (!ids.has(id)) runs.delete(id);
   for (const brief of answer.runs) {
@@ -298,7 +299,7 @@ function words({ state, reason, step, steps: target, step_s, left_s, read }) {
   const pace = step_s ? `${duration(step_s)} a step` : "";
   const said = {
     waiting: "waiting for its first line", gone: "its folder is gone", quiet: "quiet", finished: "finished",
-    stopped: reason.startsWith("alarm") ? "stopped by the alarm" : reason || "stopped",
+    unreadable: reason, stopped: reason.startsWith("alarm") ? "stopped by the alarm" : reason || "stopped",
     running: step === null ? "starting" : "running",
   }[state];
   const left = left_s ? `about ${duration(left_s)} left` : "";
@@ -313,7 +314,8 @@ function showRuns() {
     const bar = brief.steps ? el("progress", { max: brief.steps, value: Math.min(brief.step ?? 0, brief.steps), "aria-label": "steps done" }) : null;
     return el("label", { class: `run k${run.colour % 8}${run.shown ? "" : " off"}`, title: brief.folder }, box, bdi(brief.name, { class: "name" }), el("span", { class: "state quiet" }, words(brief)), bar);
   });
-  $("runs").replaceChildren(...nodes);
+  const more = leftOut ? [el("p", { class: "quiet" }, `${leftOut} more run${leftOut === 1 ? "" : "s"}, written to longer ago, ${leftOut === 1 ? "is" : "are"} left out: name those to watch`)] : [];
+  $("runs").replaceChildren(...nodes, ...more);
 }
 
 function warning(run, one) {

@@ -192,6 +192,26 @@ def test_lines_that_mean_harm(tmp_path: Path) -> None:
     assert "more kinds of numbers than a run has: some are left out" in said(told)
 
 
+def test_a_detector_that_claims_the_pages_own_keys(tmp_path: Path) -> None:
+    claims = {"adversary/d/changes": 5, "adversary/d/version": 1}
+    told = look(Record(a_run(tmp_path / "r", [step(1, **claims), step(2, **{"adversary/d/version": 2})]), "b"))
+    assert told["detectors"] == {"d": {"version": 2.0, "changes": [2]}}
+
+
+def test_numbers_at_the_edge(tmp_path: Path) -> None:
+    """Finite ones whose sums, differences and quotients are not."""
+    edges = [1e308, -1e308, 5e-324, 0.0]
+    rows = [step(n, **{"seconds/a": 1e308, "seconds/b": 1e308, "x": edges[n % 4]}) for n in range(1, 2000)]
+    rows += [
+        evaluation(n, **{key: edges[(n + k) % 4] for k, key in enumerate(("distance", "n", "reward/taste/std", "x"))})
+        for n in range(8)
+    ]
+    told = look(Record(a_run(tmp_path / "r", rows), "b"))
+    assert told["step"] == 1999 and told["step_s"] is None and told["left_s"] is None
+    told = look(Record(a_run(tmp_path / "s", [evaluation(0, distance=5e-324), evaluation(1, distance=0.0)]), "b"))
+    assert told["evals"]["at"] == [0, 1]
+
+
 ALIASES = [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(ALIASES)
 
@@ -219,6 +239,14 @@ def test_a_configuration_that_means_harm(tmp_path: Path, text: str) -> None:
     told = look(Record(folder, "b"))
     assert told["name"] == "r" and told["rewards"] == [] and told["train"]["at"] == [1]
     assert time.monotonic() - start < 20 and not (folder / "owned").exists()
+
+
+def test_a_name_of_thousands_of_digits(tmp_path: Path) -> None:
+    """Python reads them as hexadecimal, and refuses to write them as decimal."""
+    folder, digits = a_run(tmp_path / "r", [step(1)]), "0x" + "f" * 5000
+    (folder / "config.yaml").write_text(f"name: {digits}\nsteps: {digits}\nrewards: {{? {digits} : {{weight: {digits}}}}}\n")
+    told = look(Record(folder, "b"))
+    assert (told["name"], told["steps"], told["rewards"][0]["name"], told["rewards"][0]["weight"]) == ("?", None, "?", None)
 
 
 def test_a_long_file_takes_bounded_memory_and_is_read_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -129,6 +131,48 @@ def test_a_folder_of_runs_and_ones_that_come_later(tmp_path: Path, monkeypatch: 
         assert names(server) == [("a", "running"), ("late", "running"), ("b", "gone")]
 
 
+@pytest.mark.parametrize("where", ["look", "brief", "whole"])
+def test_a_run_that_cannot_be_read_does_not_take_the_others_down(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad", "good"):
+        a_run(tmp_path / name, [evaluation(0), step(1)], name=name)
+    inner = getattr(module.Record, where)
+
+    def stumble(record: module.Record, *args: object) -> object:
+        if record.folder.name == "bad" and record.seen | (where == "look"):
+            raise TypeError("nobody thought of this")
+        return inner(record, *args)
+
+    monkeypatch.setattr(module.Record, where, stumble)
+    with serving(tmp_path) as server:
+        bad, good = get(server, "/runs").json()["runs"]
+        assert (good["name"], good["state"], good["step"]) == ("good", "running", 1)
+        assert bad["state"] == ("unreadable" if where == "brief" else "waiting" if where == "look" else "running")
+        assert get(server, f"/runs/{good['id']}").json()["train"]["at"] == [1]
+        told = get(server, f"/runs/{bad['id']}").json()
+        assert told["id"] == bad["id"] and (told["warnings"] or where == "brief")
+        if where != "brief":
+            assert "TypeError: nobody thought of this" in told["warnings"][0]["text"]
+
+
+def test_of_many_runs_the_newest_are_shown_and_the_others_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RUNS", 3)
+    monkeypatch.setattr(module, "EVERY_S", 0.0)
+    for n, name in enumerate("eabdc"):
+        path = a_run(tmp_path / name, [step(1)], name=name) / "metrics.jsonl"
+        os.utime(path, (1e9 + n, 1e9 + n))
+    with serving(tmp_path) as server:
+        told = get(server, "/runs").json()
+        assert [run["name"] for run in told["runs"]] == ["c", "d", "b"] and told["left_out"] == 2
+        append(tmp_path / "e", [step(2)])
+        assert [run["name"] for run in get(server, "/runs").json()["runs"]] == ["e", "c", "d"]
+        shutil.rmtree(tmp_path / "a")
+        shutil.rmtree(tmp_path / "b")
+        told = get(server, "/runs").json()
+        assert [run["name"] for run in told["runs"]] == ["c", "d", "e"] and told["left_out"] == 0
+
+
 def test_many_viewers_look_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_run(tmp_path / "r", [evaluation(0), *(step(n) for n in range(1, 200))])
     with serving(folder) as server:
@@ -202,7 +246,9 @@ def test_the_command_says_what_is_wrong(
 
 @pytest.mark.e2e
 def test_it_lives_as_long_as_the_trainer_beside_it(tmp_path: Path) -> None:
-    """A trainer that is killed closes the pipe; nothing is left running."""
+    """A trainer that is killed closes the pipe; nothing is left running. A `trainer` of the working directory is none of its business."""
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("raise RuntimeError('another trainer')")
     folder = a_run(tmp_path / "r", [evaluation(0), step(1)])
     code = f"""
 import sys, time
@@ -213,7 +259,7 @@ with command.beside(Path({str(folder)!r})) as told:
     print(told, flush=True)
     time.sleep(600)
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     with trainer.stdout:
         told = trainer.stdout.readline().strip()
