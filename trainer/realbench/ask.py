@@ -10,6 +10,7 @@ from trainer.realbench.chat import REAL_OR_FAKE, Chat, real_or_fake
 from trainer.realbench.ledger import Ledger, Row, digest
 from trainer.realbench.pictures import Entry, Looked, Picture, Pixels, seen
 
+CHANGED = "its weights changed in the middle: call again"
 _CHUNK = 64  # answers of a judge that are written at once
 Tell = Callable[[int], None]
 
@@ -85,7 +86,7 @@ def _answers(
         for name, scores in zip(names, table.scores, strict=True):
             info = panel.infos[name]
             if table.versions.get(name, info.version) != info.version:
-                away.why[name] = "its weights changed in the middle: call again"
+                away.why[name] = CHANGED
                 continue
             for i, score in zip(places, scores, strict=True):
                 row = dict(zip(FIELDS, key(question_of(name, info), pictures[i], looked[pictures[i].key].sha, info), strict=True))

@@ -95,9 +95,11 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def judge(bench: Bench, out: Path, progress: Progress, also: Also | None = None) -> Judged:
-    """ConfigError, VerismError or NoService's like where it cannot begin; what stops answering on the way is in `away`. `also` asks
-    for more while the services are there.
+def judge(
+    bench: Bench, out: Path, progress: Progress, also: Also | None = None, check: Callable[[Judged], None] = lambda told: None
+) -> Judged:
+    """ConfigError, VerismError or NoService's like where it cannot begin; what stops answering on the way is in `away`. `check` sees the
+    pictures before anything is asked about them, `also` asks for more while the services are there.
     """
     prompts = read_prompts(found(bench.prompts)) if bench.prompts is not None else []
     if not bench.contestants and bench.photographs is None:
@@ -111,6 +113,7 @@ def judge(bench: Bench, out: Path, progress: Progress, also: Also | None = None)
         for one in entries:
             if all(own.problem is not None for own in looked[one.name].values()):
                 raise ConfigError(f"{one.name}: none of its {len(one.pictures)} pictures can be read; see `verism-score FILE`")
+        check(told)
         _score(told, chats, progress, also)
     finally:
         for chat in chats.values():

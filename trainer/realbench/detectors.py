@@ -68,12 +68,15 @@ def run(bench: Bench, real: Sequence[Path], generated: Sequence[Path], most: int
                 if bench.monitors is not None:
                     _monitors(found(bench.monitors), one, chosen, kept, screen)
 
-        told = judge(bench, out, screen, also)
         labels = {name: float(kind == "photographs") for name, (_, kind) in sides.items()}
-        for name, wanted in (("photographs", 1.0), ("generated pictures", 0.0)):
-            count = sum(s.problem is None for one, own in told.looked.items() if labels[one] == wanted for s in own.values())
-            if count < FEWEST:
-                raise ConfigError(f"{count} {name} are too few to judge a detector by: give {FEWEST} or more")
+
+        def check(told: Judged) -> None:
+            for name, wanted in (("photographs", 1.0), ("generated pictures", 0.0)):
+                count = sum(s.problem is None for one, own in told.looked.items() if labels[one] == wanted for s in own.values())
+                if count < FEWEST:
+                    raise ConfigError(f"{count} {name} are too few to judge a detector by: give {FEWEST} or more")
+
+        told = judge(bench, out, screen, also, check)
         result = figures(told, labels, kept, {name: str(path) for name, (path, _) in sides.items()})
         checkpoint.write_json(out / "results.json", result)
         _csv(result, out / "detectors.csv")
@@ -122,6 +125,9 @@ def _ask(
             tell(len(chosen) - len(open_))
             looks = [_look(p, way, strength, looked[p.key].sha) for p in open_]
             for places, table in panel.told([name], looks):
+                if table.versions.get(name, info.version) != info.version:
+                    away.why[name] = ask.CHANGED
+                    break
                 scores = table.scores[0]
                 rows: list[Row] = [
                     {**dict(zip(ask.FIELDS, where(open_[i]), strict=True)), **ask.told(score)}
@@ -250,16 +256,22 @@ def words(row: Table) -> str:
         return "does not tell these pictures from photographs: no reward for them"
     if row["rewards"]:
         return f"pays for {', '.join(row['rewards'])}: a generator trained on it alone will learn that"
+    apart = f"tells them apart{' well' if area >= 0.9 else ''}"
+    measured = {(one["way"], one["strength"]) for one in row["altered"] if one["moved"]["value"] is not None}
+    if not measured:
+        return f"{apart}; alterations not measured"
     weak = sorted({one["way"] for one in row["altered"] if one["auc"]["high"] is not None and one["auc"]["high"] < 0.6})
     lost = f", but is blind once both sides are altered by {', '.join(weak)}" if weak else ""
-    return f"tells them apart{' well' if area >= 0.9 else ''}, and none of the alterations pays{lost}"
+    open_ = sorted({way for way, strength in _each() if (way, strength) not in measured})
+    return f"{apart}, and none of the alterations pays{lost}" + (f"; not measured in full: {', '.join(open_)}" if open_ else "")
 
 
 def shown(result: Table) -> Shown:
     table = Shown("detector", "AUC", "average precision", "calibration error", "pays for", title=f"{result['level']:.0%} intervals")
     for row in result["detectors"]:
         error = number(row["calibration_error"]) if row["calibration_error"] else "no probability"
-        pays = ", ".join(row["rewards"]) or "-"
+        measured = any(one["moved"]["value"] is not None for one in row["altered"])
+        pays = ", ".join(row["rewards"]) or ("-" if measured else "not measured")
         table.add_row(escape(row["name"]), number(row["auc"]), number(row["average_precision"]), error, pays)
     return table
 

@@ -31,6 +31,7 @@ class Stub:
     most: int | None = None
     asked: list[Any] = field(default_factory=list)
     version: int = 1
+    refit: int | None = None  # after so many answers its weights are others
     first: bool = False  # a judge that always prefers what is shown first
     say: Callable[[list[np.ndarray]], str] = lambda images: "Real or Fake: real"
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -40,6 +41,8 @@ class Stub:
             if self.most is not None and len(self.asked) + len(what) > self.most:
                 return False
             self.asked += what
+            if self.refit is not None and len(self.asked) >= self.refit:
+                self.version, self.refit = self.version + 1, None
             return True
 
 

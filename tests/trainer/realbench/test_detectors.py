@@ -1,15 +1,28 @@
 """Judging the judges: one that sees brightness is told from one that pays for noise, and nothing is asked twice."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.trainer.realbench import stub
-from tests.trainer.realbench.folders import fill
+from tests.trainer.realbench.folders import IDS, fill
 from trainer.__main__ import evaluate
 from trainer.realbench.alter import WAYS, altered
+
+
+def judge(tmp_path: Path, bench: dict[str, Any], real: Path, fake: Path, *more: str) -> int:
+    """`verism-eval detectors` on two folders; its report lies in tmp_path / "out"."""
+    (tmp_path / "b.yaml").write_text(json.dumps({"bootstrap": {"rounds": 100}, **bench}))
+    folders = ["--real", str(real), "--generated", str(fake)]
+    return evaluate(["detectors", *folders, "--bench", str(tmp_path / "b.yaml"), "--out", str(tmp_path / "out"), *more])
+
+
+def detectors(tmp_path: Path) -> dict[str, Any]:
+    return {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["detectors"]}
 
 
 def test_alterations_grow_and_repeat() -> None:
@@ -28,25 +41,13 @@ def test_a_table_says_whom_to_trust(tmp_path: Path, capsys: pytest.CaptureFixtur
     real, fake = fill(tmp_path / "real", 0.6), fill(tmp_path / "fake", 0.05, seed=1)
     out = tmp_path / "out"
     with stub.serve() as service:
-        told = {"detectors": {"real": {"url": service.url}}, "monitors": "world/monitors", "bootstrap": {"rounds": 100}}
-        (tmp_path / "b.yaml").write_text(json.dumps(told))
-        command = [
-            "detectors",
-            "--real",
-            str(real),
-            "--generated",
-            str(fake),
-            "--bench",
-            str(tmp_path / "b.yaml"),
-            "--out",
-            str(out),
-        ]
-        assert evaluate([*command, "--altered", "12"]) == 0
+        told = {"detectors": {"real": {"url": service.url}}, "monitors": "world/monitors"}
+        assert judge(tmp_path, told, real, fake, "--altered", "12") == 0
         asked = len(service.asked)
         assert asked == 80 + 2 * 12 * 20
-        assert evaluate([*command, "--altered", "12"]) == 0 and len(service.asked) == asked
+        assert judge(tmp_path, told, real, fake, "--altered", "12") == 0 and len(service.asked) == asked
     said = capsys.readouterr().out
-    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["detectors"]}
+    rows = detectors(tmp_path)
     assert set(rows) == {"real", "heldout_cnn", "heldout_spectrum"}
     one = rows["real"]
     assert (
@@ -67,20 +68,27 @@ def test_a_table_says_whom_to_trust(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (out / "detectors.csv").read_text().count("\n") > 100
 
 
+def test_what_was_not_measured_is_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A judge that writes is not asked about altered pictures, and of a detector that is refitted meanwhile no two versions are mixed."""
+    real, fake = fill(tmp_path / "real", 0.6, IDS[:20]), fill(tmp_path / "fake", 0.3, IDS[:20], seed=1)
+    with stub.serve(
+        say=lambda images: f"Real or Fake: {'real' if images[0].mean() > 115 else 'fake'}", refit=40 + 40 + 60
+    ) as service:
+        told = {"detectors": {"real": {"url": service.url}}, "judges": {"writer": {"url": service.url, "model": "m"}}}
+        assert judge(tmp_path, told, real, fake, "--altered", "5") == 1
+        said, rows = capsys.readouterr().out, detectors(tmp_path)
+        assert rows["writer"]["words"] == "tells them apart well; alterations not measured" and "not measured" in said
+        assert "its weights changed in the middle" in said and "not measured" in rows["real"]["words"]
+        assert judge(tmp_path, told, real, fake, "--altered", "5") == 0
+    assert detectors(tmp_path)["real"]["words"].endswith("none of the alterations pays")
+    kept = [json.loads(line) for file in (tmp_path / "out" / "scores").iterdir() for line in file.read_text().splitlines()]
+    counts = Counter(row["question"] for row in kept if ":" in row["sha"])
+    assert len(counts) == 2 and min(counts.values()) <= 60 and max(counts.values()) == 2 * 5 * 20
+
+
 def test_too_few_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real, fake = fill(tmp_path / "real", 0.6, ["a", "b", "c"]), fill(tmp_path / "fake", 0.2)
     with stub.serve() as service:
-        (tmp_path / "b.yaml").write_text(json.dumps({"detectors": {"real": {"url": service.url}}}))
-        command = [
-            "detectors",
-            "--real",
-            str(real),
-            "--generated",
-            str(fake),
-            "--bench",
-            str(tmp_path / "b.yaml"),
-            "--altered",
-            "2",
-        ]
-        assert evaluate([*command, "--out", str(tmp_path / "out")]) == 2
+        assert judge(tmp_path, {"detectors": {"real": {"url": service.url}}}, real, fake, "--altered", "2") == 2
+        assert service.asked == []
     assert "3 photographs are too few" in capsys.readouterr().err
