@@ -196,7 +196,7 @@ def _score(told: Judged, chats: Mapping[str, Chat], progress: Progress, also: Al
     with contextlib.ExitStack() as stack:
         if wanted and bench.serve is not None:
             with progress("starting the services", 1) as tell:
-                served = stack.enter_context(started(bench.serve, told.out, wanted))
+                served = stack.enter_context(started(bench.serve, told.out))
                 tell(1)
         else:
             served = ""

@@ -4,9 +4,11 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -15,7 +17,7 @@ from rich.console import Console
 from shared.errors import VerismError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError, Stopped
-from trainer.realbench.config import Bench, Contestant, load
+from trainer.realbench.config import Bench, Contestant, checked, load
 
 BENCH_HELP = """\
   verism-eval realbench my_pictures/                           a report on a folder of pictures: runs/realbench/report.html
@@ -68,7 +70,7 @@ def detectors(argv: Sequence[str]) -> int:
     parser.add_argument("--real", type=Path, nargs="+", required=True, help="folders of photographs")
     parser.add_argument("--generated", type=Path, nargs="+", required=True, help="folders of generated pictures")
     parser.add_argument("--altered", type=_count, default=200, help="pictures of each side that are altered (default: 200)")
-    _common(parser, Path("runs/detectors"))
+    _common(parser, Path("runs/detectors"), photographs=False)
     args = parser.parse_args(argv)
 
     def work() -> int:
@@ -92,9 +94,10 @@ def _count(text: str) -> int:
     return number
 
 
-def _common(parser: argparse.ArgumentParser, out: Path) -> None:
+def _common(parser: argparse.ArgumentParser, out: Path, photographs: bool = True) -> None:
     parser.add_argument("--bench", type=Path, help="what is measured, a YAML file (default: examples/realbench.yaml)")
-    parser.add_argument("--photographs", type=Path, help="folder of true photographs, instead of the bench's")
+    if photographs:
+        parser.add_argument("--photographs", type=Path, help="folder of true photographs, instead of the bench's")
     parser.add_argument("--prompts", type=Path, help="JSONL or text, instead of the bench's")
     parser.add_argument("--pictures", type=_count, help="at most so many of each")
     parser.add_argument("--out", type=Path, default=out, help=f"where everything lies (default: {out})")
@@ -106,7 +109,7 @@ def _common(parser: argparse.ArgumentParser, out: Path) -> None:
 def _load(args: argparse.Namespace, contestants: dict[str, Contestant], detectors_only: bool = False) -> Bench:
     more: dict[str, Any] = {}
     for name in ("photographs", "prompts", "pictures"):
-        if (value := getattr(args, name)) is not None:
+        if (value := getattr(args, name, None)) is not None:
             more[name] = value if isinstance(value, int) else str(value)
     changes = list(args.set)
     if detectors_only:
@@ -114,7 +117,7 @@ def _load(args: argparse.Namespace, contestants: dict[str, Contestant], detector
     bench = load(args.bench, changes, **more)
     if twice := contestants.keys() & bench.contestants.keys():
         raise ConfigError(f"{min(twice)!r} is a contestant of the bench too: give this one another name, NAME=PATH")
-    return Bench.model_validate({**bench.model_dump(), "contestants": {**bench.contestants, **contestants}})
+    return checked({**bench.model_dump(), "contestants": {**bench.contestants, **contestants}})
 
 
 def named(texts: Sequence[str]) -> dict[str, Contestant]:
@@ -195,9 +198,19 @@ def _changes(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _guarded(work: Callable[[], int]) -> int:
-    """Known errors become their message; all else is a bug and keeps its traceback."""
+    """Known errors become their message; all else is a bug and keeps its traceback. SIGTERM and SIGHUP end the work as Ctrl-C does, so that
+    services it started end too.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
     console = Console(stderr=True)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
     try:
+        for one, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup
+                signal.signal(one, stop)
         return work()
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here")
@@ -205,3 +218,6 @@ def _guarded(work: Callable[[], int]) -> int:
     except (ConfigError, CheckpointError, VerismError, FileNotFoundError, Stopped, PermissionError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -124,7 +124,7 @@ class Bench(Frozen):
         if odd := [name for name in names if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) is None]:
             raise ValueError(f"{odd[0]!r} is no name: write letters, digits and _.-")
         if PHOTOGRAPHS in self.contestants:
-            raise ValueError("`photographs` is the name of the photographs: rename that contestant")
+            raise ValueError("`photographs` is the name of the photographs: give those as --photographs, or rename that contestant")
         if self.arena is not None and self.arena.judge is not None and self.arena.judge not in self.judges:
             raise ValueError(f"arena.judge: {self.arena.judge!r} is none of judges")
         open_ = [name for name, one in {**self.detectors, **self.rewards}.items() if one.url is None]
@@ -150,12 +150,17 @@ def load(path: Path | None, changes: list[str], **more: Any) -> Bench:
     for change in changes:
         _apply(raw, change)
     raw |= {key: value for key, value in more.items() if value is not None}
+    return checked(raw, f"{path}: ")
+
+
+def checked(raw: dict[str, Any], source: str = "") -> Bench:
+    """ConfigError in words for what is no bench."""
     try:
         return Bench.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg']}".replace(": : ", ": ")) from error
+        raise ConfigError(f"{source}{where}: {first['msg']}".replace(": : ", ": ").removeprefix(": ")) from error
 
 
 def found(path: Path) -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,22 +13,22 @@ from typing import Any
 import httpx
 import yaml
 
+from shared.vllm_server import free_port
 from trainer.config import ConfigError
+from trainer.realbench.config import ROOT
 
 _START_S = 900.0  # a service that ended is noticed at once; one that is slow may be so
 
 
 @contextlib.contextmanager
-def started(config: dict[str, Any] | None, out: Path, wanted: bool) -> Iterator[str]:
-    """Its URL, once it is ready; ConfigError with the end of its log when it does not start. Nothing where it is not wanted."""
-    if config is None or not wanted:
-        yield ""
-        return
+def started(config: dict[str, Any], out: Path) -> Iterator[str]:
+    """Its URL, once it is ready; ConfigError with the end of its log when it does not start."""
     out.mkdir(parents=True, exist_ok=True)
-    told, log, port = out / "services.yaml", out / "services.log", _free_port()
+    told, log, port = out / "services.yaml", out / "services.log", free_port()
     told.write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "services", str(told), "--port", str(port)]
+    places = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": places}
+    command = [sys.executable, "-P", "-m", "services", str(told), "--port", str(port)]  # -P: not the services/ of where one stands
     with log.open("wb") as file:  # Ctrl-C is for the bench: it ends the services when its own work is put away
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
@@ -56,9 +55,3 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         time.sleep(0.2)
     last = log.read_text(errors="replace")[-1500:].strip()
     raise ConfigError(f"the services of `serve` did not start; the end of {log}:\n{last}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -253,6 +253,7 @@ def test_names_and_prompts_are_only_text_in_the_page(world: Path) -> None:
         (["nowhere"], "nowhere is no folder"),
         (["a=dark", "a=again"], "given twice"),
         (["--photographs", "empty", "dark"], "holds no pictures"),
+        (["photographs=photos", "dark"], "give those as --photographs"),
         (["--set", "detectors.real.url=http://127.0.0.1:9", "dark"], "no reward service answers"),
         (["--set", "detectors.reel={}", "dark"], "has no url"),
         (["--set", "detector={}", "dark"], "detector: Extra inputs"),

@@ -91,4 +91,7 @@ def test_too_few_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with stub.serve() as service:
         assert judge(tmp_path, {"detectors": {"real": {"url": service.url}}}, real, fake, "--altered", "2") == 2
         assert service.asked == []
-    assert "3 photographs are too few" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            judge(tmp_path, {}, real, fake, "--photographs", str(real))
+    said = capsys.readouterr().err
+    assert "3 photographs are too few" in said and "unrecognized arguments: --photographs" in said
