@@ -50,11 +50,6 @@ class AugmentOptions(BaseModel):
             raise ValueError(f"`blur_kernels` are {list(self.blur_kernels)}; a kernel has an odd number of pixels")
         return self
 
-    @property
-    def changes(self) -> bool:
-        """Whether any picture may come out another than it went in."""
-        return any((self.flip, self.blur, self.jitter, self.jpeg, self.resize))
-
 
 class _Dice:
     """Numbers out of a torch generator."""

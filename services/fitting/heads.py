@@ -158,10 +158,3 @@ def _key(image: NDArray[np.uint8]) -> bytes:
 
 def _size(row: tuple[Tensor, ...]) -> int:
     return sum(t.numel() * t.element_size() for t in row)
-
-
-def in_pieces(score: Callable[[list[Item]], Tensor], items: Sequence[Item]) -> Tensor:
-    """(B,) float32 on the CPU, of `score` without a gradient, AT_ONCE pictures at a time."""
-    with torch.no_grad():
-        pieces = [score(list(items[start : start + AT_ONCE])).float().cpu() for start in range(0, len(items), AT_ONCE)]
-    return torch.cat(pieces) if pieces else torch.empty(0)

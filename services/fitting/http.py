@@ -122,6 +122,5 @@ def _examples(items: Sequence[FitPicture], max_pixels: int, budget: int) -> list
             picture = decode(one.image)
         except BadImage as error:
             raise BadImage(f"items[{index}].image: {error.message}; nothing was added", error.reason) from error
-        meta = {} if one.group is None else {"group": one.group}
-        out.append(Example.of(Item(picture.pixels, one.prompt, meta=meta), one.group, picture.lossy))
+        out.append(Example.of(Item(picture.pixels, one.prompt), one.group, picture.lossy))
     return out

@@ -81,8 +81,3 @@ def orthogonality(frozen_WN: Tensor, experts: Sequence[Tensor]) -> Tensor:
     apart = [unit - frozen_WN @ (frozen_WN.T @ unit) for unit in units]
     apart += [a.T @ b for i, a in enumerate(units) for b in units[i + 1 :]]
     return torch.stack([torch.linalg.matrix_norm(one) for one in apart]).mean()
-
-
-def pairs(real: Sequence[str | None], generated: Sequence[str | None]) -> list[tuple[int, int]]:
-    """Positions (real, generated) of all pairs with one key; None pairs with nothing."""
-    return [(i, j) for i, a in enumerate(real) for j, b in enumerate(generated) if a is not None and a == b]

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.fitting.heads import HeadOptions, Kept, balanced, checked, digest, head_logits, hidden_layer, in_pieces, leaf
+from services.fitting.heads import HeadOptions, Kept, balanced, checked, digest, head_logits, hidden_layer, leaf
 from services.fitting.lora import adapted, adapters, merged
 from services.reward import Item
 from services.rewards._detector_kit import batched, folded, in_one_call, load_in_order, normaliser, package_weights
@@ -265,8 +265,9 @@ class DetectorFitter:
         sides = logits[: len(real)], logits[len(real) :]
         return {"total": self._options(*sides), "accuracy": torch.tensor(balanced(*sides, 0.0))}
 
+    @torch.no_grad()
     def scores(self, items: Sequence[Item]) -> Tensor:
-        return in_pieces(lambda some: self._logits(some).double().sigmoid(), items)
+        return self._logits(items).double().sigmoid().float()
 
     def accuracy(self, real: Tensor, generated: Tensor) -> float:
         """Balanced over both sides, at P(photograph) = 0.5."""

@@ -29,9 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from services.fitting.heads import Kept, LossOptions, balanced, checked, digest, in_pieces
+from services.fitting.heads import Kept, LossOptions, balanced, checked, digest
 from services.fitting.lora import shared_copy, with_values
-from services.fitting.losses import hinge
 from services.reward import Item
 from services.rewards._detector_kit import (
     COMMIT,
@@ -249,12 +248,6 @@ def fresh_state(width: int, hidden: int, seed: int) -> dict[str, Tensor]:
     return {"0.weight": layer(*first, width), "0.bias": layer(*first), "2.weight": layer(*last, hidden), "2.bias": layer(*last)}
 
 
-def hinge_loss(head: nn.Module, real: Features, generated: Features, patch_weight: float = 0.3) -> Tensor:
-    """What h is fitted by: half of relu(1 - h(real)) + relu(1 + h(generated)), on CLS tokens plus `patch_weight` on patches."""
-    on_cls = hinge(head(real.cls_BD), head(generated.cls_BD))
-    return on_cls + patch_weight * hinge(head(real.patches_BND), head(generated.patches_BND))
-
-
 def _named(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """A head's tensors as 0.weight, 0.bias, 2.weight, 2.bias, whatever module they lay in."""
     weights = sorted(k for k in state if k.endswith("weight"))
@@ -418,8 +411,9 @@ class DinoHeadFitter:
             "accuracy": accuracy,
         }
 
+    @torch.no_grad()
     def scores(self, items: Sequence[Item]) -> Tensor:
-        return in_pieces(lambda some: self._live.means(self._head, Features(*self._features(some)))[0], items)
+        return self._live.means(self._head, Features(*self._features(items)))[0].float()
 
     def accuracy(self, real: Tensor, generated: Tensor) -> float:
         """Balanced over both sides, at 0."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from services.fitting.heads import LossOptions, balanced, checked, digest, in_pieces
+from services.fitting.heads import LossOptions, balanced, checked, digest
 from services.fitting.lora import shared_copy, with_values
 from services.reward import Item
 from services.rewards._detector_kit import CLIP, IMAGENET, WeightsOptions, batched, normaliser, read_state, sha256
@@ -163,8 +163,9 @@ class OmniAidFitter:
             total = apart + self._options.orthogonality * parts["orthogonality"]
         return {"total": total, **parts}
 
+    @torch.no_grad()
     def scores(self, items: Sequence[Item]) -> Tensor:
-        return in_pieces(lambda some: self._odds(some).double().sigmoid(), items)
+        return self._odds(items).double().sigmoid().float()
 
     def accuracy(self, real: Tensor, generated: Tensor) -> float:
         """Balanced over both sides, at P(photograph) = 0.5."""

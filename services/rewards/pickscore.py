@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from services.fitting.heads import checked, digest, in_pieces, leaf
+from services.fitting.heads import checked, digest, leaf
 from services.fitting.lora import shared_copy, with_values
-from services.fitting.losses import pairs, preference
+from services.fitting.losses import preference
 from services.reward import Item
 from services.rewards.clip_kit import Cosine, PromptOptions
 from services.rewards.clip_towers import ClipTowers
@@ -91,8 +91,8 @@ class PickScoreFitOptions(BaseModel):
 class PickScoreFitter:
     """The last layer of the vision tower, by which picture is preferred: real over generated, after Adv-GRPO (2511.20256).
 
-    Pictures at one place are a pair: as they are called, or, where the sides differ in number, those of one `meta["group"]` or prompt. The loss
-    is that of exp(logit scale) * cosine, whatever `divide_by` makes of it. See services/fitting/types.py.
+    Pictures at one place are a pair. The loss is that of exp(logit scale) * cosine, whatever `divide_by` makes of it. See
+    services/fitting/types.py.
     """
 
     def __init__(self, live: PickScore, options: PickScoreFitOptions, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -134,30 +134,19 @@ class PickScoreFitter:
     def losses(self, real: Sequence[Item], generated: Sequence[Item], generator: torch.Generator) -> dict[str, Tensor]:
         score = self._towers.scale * self._cosines([*real, *generated])
         better, worse = score[: len(real)], score[len(real) :]
-        if len(real) != len(generated):
-            found = pairs(*([_group(item) for item in side] for side in (real, generated)))
-            if not found:
-                raise ValueError(
-                    "no real picture shares a group or a prompt with a generated one: send both sides with their prompts"
-                )
-            better, worse = better[[i for i, _ in found]], worse[[j for _, j in found]]
         return {
             "total": preference(better, worse).float(),
             "accuracy": torch.tensor(self.accuracy(better.detach(), worse.detach())),
         }
 
+    @torch.no_grad()
     def scores(self, items: Sequence[Item]) -> Tensor:
-        return in_pieces(lambda some: self._live._scale * self._cosines(some), items)
+        return (self._live._scale * self._cosines(items)).float()
 
     def accuracy(self, real: Tensor, generated: Tensor) -> float:
-        """Share of pairs with the real one above, equal ones half; all pairs, where the sides differ in number."""
-        apart = real - generated if len(real) == len(generated) else (real[:, None] - generated).flatten()
+        """Share of pairs with the real one above, equal ones half."""
+        apart = real - generated
         return float(((apart > 0).double() + 0.5 * (apart == 0).double()).mean())
 
     def reward(self, weights: Mapping[str, Tensor], version: int) -> PickScore:
         return self._live.refitted(self._options, checked(weights, self._own, self._live.info.name), version)
-
-
-def _group(item: Item) -> str | None:
-    group = item.meta.get("group")
-    return str(group) if group is not None else item.prompt

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.fitting.heads import HeadOptions, Kept, LossOptions, balanced, checked, head_logits, hidden_layer, in_pieces
+from services.fitting.heads import HeadOptions, Kept, LossOptions, balanced, checked, head_logits, hidden_layer
 from services.fitting.losses import hinge, soft_cross_entropy
 from services.reward import Item
 
@@ -46,18 +46,6 @@ def test_many_are_computed_in_pieces_and_the_oldest_leave() -> None:
     assert len(count.batches) == 3
     kept([item(0)])
     assert len(count.batches) == 4 and len(kept) == 100
-
-
-def test_scores_in_pieces_are_without_gradient() -> None:
-    sizes: list[int] = []
-
-    def score(some: list[Item]) -> torch.Tensor:
-        sizes.append(len(some))
-        return torch.tensor([float(i.image[0, 0, 0]) for i in some], dtype=torch.float64, requires_grad=True) * 1
-
-    found = in_pieces(score, [item(i) for i in range(70)])
-    assert found.tolist() == list(range(70)) and found.dtype == torch.float32 and not found.requires_grad and sizes == [64, 6]
-    assert in_pieces(score, []).shape == (0,)
 
 
 def test_losses_by_name() -> None:

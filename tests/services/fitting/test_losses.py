@@ -12,7 +12,6 @@ from services.fitting.losses import (
     gaussian_ranking,
     hinge,
     orthogonality,
-    pairs,
     preference,
     soft_cross_entropy,
     triplet,
@@ -158,8 +157,3 @@ def test_orthogonal_experts_cost_nothing_and_learn_nothing() -> None:
 def test_gradients_are_finite_differences(loss: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
     inputs = [draw(*shape, seed=i + 10).requires_grad_() for i, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(loss, inputs)
-
-
-def test_pairs_are_of_one_key() -> None:
-    assert pairs(["a", "b", None, "a"], ["a", "c", None, "b"]) == [(0, 0), (1, 3), (3, 0)]
-    assert pairs([None], [None]) == []

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from services.fitting.losses import hinge
 from services.reward import Item
-from services.rewards.dino_head import Backbone, BackboneOptions, DinoHead, head, hinge_loss
+from services.rewards.dino_head import Backbone, BackboneOptions, DinoHead, head
 from tests.services.rewards_detectors import tiny
 
 
@@ -70,7 +71,7 @@ def test_what_is_fitted_is_what_is_scored(tmp_path: Path) -> None:
     optimiser = torch.optim.Adam(module.parameters(), 1e-3, betas=(0.5, 0.999))
     losses = []
     for _ in range(200):
-        loss = hinge_loss(module, a, b)
+        loss = hinge(module(a.cls_BD), module(b.cls_BD)) + 0.3 * hinge(module(a.patches_BND), module(b.patches_BND))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -83,18 +84,20 @@ def test_what_is_fitted_is_what_is_scored(tmp_path: Path) -> None:
     assert min(s.value or 0 for s in scores[:12]) > max(s.value or 0 for s in scores[12:])
 
 
-def test_the_hinge_is_adv_grpos() -> None:
+def test_the_hinge_is_adv_grpos(tmp_path: Path) -> None:
     class Lookup(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x[..., :1]
 
-    from services.rewards.dino_head import Features
-
-    real = Features(torch.tensor([[2.0], [0.5]]), torch.tensor([[[0.0], [3.0]], [[1.0], [-1.0]]]))
-    made = Features(torch.tensor([[-2.0], [0.0]]), torch.tensor([[[-1.0], [0.5]], [[-3.0], [-0.5]]]))
+    one = DinoHead.load("dino_head", tiny.dino_head(tmp_path), "cpu").fitter({})
+    cls = torch.tensor([[2.0], [0.5], [-2.0], [0.0]])
+    patches = torch.tensor([[[0.0], [3.0]], [[1.0], [-1.0]], [[-1.0], [0.5]], [[-3.0], [-0.5]]])
+    one._head, one._features = Lookup(), lambda items: (cls, patches)  # type: ignore[assignment]
+    items = [Item(np.zeros((16, 16, 3), np.uint8))] * 4
     on_cls = 0.5 * ((0 + 0.5) / 2 + (0 + 1) / 2)
     on_patches = 0.5 * ((1 + 0 + 0 + 2) / 4 + (0 + 1.5 + 0 + 0.5) / 4)
-    assert hinge_loss(Lookup(), real, made).item() == pytest.approx(on_cls + 0.3 * on_patches)
+    total = one.losses(items[:2], items[2:], torch.Generator())["total"]
+    assert total.item() == pytest.approx(on_cls + 0.3 * on_patches)
 
 
 def test_drawn_patches_repeat_and_belong_to_the_picture(tmp_path: Path) -> None:
