@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,7 +171,7 @@ class Adversary:
             fakes: Fakes | None = None
             if one.schedule.use == "reference_below":  # by the version that scored the samples, so before another is served
                 fakes = self._fakes(one, step, rollouts)
-                numbers |= self._references_of(name, self._sides(fakes, step)[0], mean)
+                numbers |= self._references_of(name, partial(self._real, fakes, step), mean)
             if standing.due is not None:
                 numbers |= self._refitted(name, standing.due, self._due.get(name))
                 standing.due = None
@@ -191,7 +192,7 @@ class Adversary:
         """Of an evaluation: references beside its samples, by the version that scored them."""
         assert self._scorer is not None and self.config.references is not None
         out: dict[str, float] = {}
-        examples = self.references.some(self.config.references.evaluated)
+        examples = cache(partial(self.references.some, self.config.references.evaluated))  # decoded once
         for name in self.config.adversary:
             standing = self.standing[name]
             numbers = self._references_of(name, examples, self._mean(name, rewards))
@@ -266,12 +267,13 @@ class Adversary:
         scored = row[row.isfinite()]
         return float(scored.mean()) if len(scored) else math.nan
 
-    def _references_of(self, name: str, examples: Examples, mean: float) -> dict[str, float]:
+    def _references_of(self, name: str, examples: Callable[[], Examples], mean: float) -> dict[str, float]:
         """How references score, and by how much better than the samples."""
 
         def work() -> float:
             assert self._scorer is not None
-            values = self._scorer.values(name, examples.images, examples.prompts)
+            some = examples()
+            values = self._scorer.values(name, some.images, some.prompts)
             return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
         assert self._scorer is not None
@@ -307,6 +309,9 @@ class Adversary:
         """Real and generated examples of a refit."""
         real, groups = self.references.drawn(fakes.prompts, step)
         return real, Examples([*fakes.images], [prompt.text for prompt in fakes.prompts], groups)
+
+    def _real(self, fakes: Fakes, step: int) -> Examples:
+        return self._sides(fakes, step)[0]
 
     def _refitted(self, name: str, step: int, fakes: Fakes | None) -> dict[str, float]:
         """A refit from its pictures to the version that is served, or the end of one that was begun; its numbers."""
