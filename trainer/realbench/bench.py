@@ -1,7 +1,7 @@
 """One bench from its configuration to what everyone said: paint, ask, let meet, measure. Everything lies in `out` and is done once.
 
-out/pictures/NAME/*.png painted pictures; scores/NAME.jsonl and arena.jsonl every answer; features/; services.log. The same command goes on
-where it was stopped.
+out/pictures/NAME/*.png painted pictures; scores.jsonl and arena.jsonl every answer; features/; services.log. The same command goes on where
+it was stopped.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 class Measure:
     """One number of a picture. `group`: detector, monitor, judge (all say how real) or reward (something else).
 
-    `unit`: values are in [0, 1] with 1 for real. `learned` are the contestants that were trained on it.
+    `unit`: values are probabilities, of real or (not `higher`) of fake. `learned` are the contestants that were trained on it.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Judged:
         return not self.away
 
 
-Also = Callable[[Judged, Panel | None, Mapping[str, Ledger], ask.Away], None]
+Also = Callable[[Judged, Panel | None, Ledger, ask.Away], None]
 
 
 @contextlib.contextmanager
@@ -200,9 +200,7 @@ def _score(told: Judged, chats: Mapping[str, Chat], progress: Progress, also: Al
                 tell(1)
         else:
             served = ""
-        ledgers = {
-            one.name: stack.enter_context(Ledger(told.out / "scores" / f"{one.name}.jsonl", ask.FIELDS)) for one in told.entries
-        }
+        ledger = stack.enter_context(Ledger(told.out / "scores.jsonl", ask.FIELDS))
         away = ask.Away()
         infos: dict[str, RewardInfo] = {}
         panel: Panel | None = None
@@ -212,37 +210,35 @@ def _score(told: Judged, chats: Mapping[str, Chat], progress: Progress, also: Al
             for name, info in infos.items():
                 if "references" in info.needs:
                     raise ConfigError(f"{name} judges a picture against another: name it as arena.reward, not among the rewards")
-            _ask_rewards(told, panel, ledgers, away, progress)
+            _ask_rewards(told, panel, ledger, away, progress)
         questions = {name: ask.question_of(name, info) for name, info in infos.items()}
         for name, chat in chats.items():
             text = chat.judge.question or REAL_OR_FAKE
             questions[name] = ask.question_of_chat(chat, text)
-            count = sum(
-                len(ask.wanted(one, told.looked[one.name], questions[name], None, ledgers[one.name])) for one in told.entries
-            )
+            count = sum(len(ask.wanted(one, told.looked[one.name], questions[name], None, ledger)) for one in told.entries)
             with progress(f"{name}: real or fake", count) as tell:
                 for one in told.entries:
-                    ask.chat(chat, one, told.looked[one.name], ledgers[one.name], away, tell)
+                    ask.chat(chat, one, told.looked[one.name], ledger, away, tell)
         told.measures += _measures(told, infos)
         for measure in told.measures:
-            _collect(told, measure.name, questions[measure.name], infos.get(measure.name), ledgers)
+            _collect(told, measure.name, questions[measure.name], infos.get(measure.name), ledger)
         if arena is not None:
             _meet(told, chats, arena.url or served, away, stack, progress)
         if also is not None:
-            also(told, panel, ledgers, away)
+            also(told, panel, ledger, away)
         told.away = dict(away.why)
 
 
-def _ask_rewards(told: Judged, panel: Panel, ledgers: Mapping[str, Ledger], away: ask.Away, progress: Progress) -> None:
+def _ask_rewards(told: Judged, panel: Panel, ledger: Ledger, away: ask.Away, progress: Progress) -> None:
     names = list(panel.infos)
     count = sum(
-        len(ask.wanted(one, told.looked[one.name], ask.question_of(name, panel.infos[name]), panel.infos[name], ledgers[one.name]))
+        len(ask.wanted(one, told.looked[one.name], ask.question_of(name, panel.infos[name]), panel.infos[name], ledger))
         for one in told.entries
         for name in names
     )
     with progress("scoring", count) as tell:
         for one in told.entries:
-            ask.rewards(panel, names, one, told.looked[one.name], ledgers[one.name], away, tell)
+            ask.rewards(panel, names, one, told.looked[one.name], ledger, away, tell)
 
 
 def _measures(told: Judged, infos: Mapping[str, RewardInfo]) -> list[Measure]:
@@ -274,14 +270,14 @@ def _measures(told: Judged, infos: Mapping[str, RewardInfo]) -> list[Measure]:
     return out
 
 
-def _collect(told: Judged, name: str, question: str, info: RewardInfo | None, ledgers: Mapping[str, Ledger]) -> None:
-    """What the ledgers hold of one measure."""
+def _collect(told: Judged, name: str, question: str, info: RewardInfo | None, ledger: Ledger) -> None:
+    """What the ledger holds of one measure."""
     values = told.values.setdefault(name, {})
     for one in told.entries:
         mine, wrong, outside, domain = values.setdefault(one.name, {}), Counter[str](), 0, 0
         for picture in one.pictures:
             looked = told.looked[one.name][picture.key]
-            row = ledgers[one.name].rows.get(ask.key(question, picture, looked.sha, info))
+            row = ledger.rows.get(ask.key(question, picture, looked.sha, info))
             if looked.problem is not None:
                 wrong["unreadable"] += 1
             elif info is not None and "prompt" in info.needs and picture.prompt is None:

@@ -9,10 +9,14 @@ _LONGEST = 200  # characters of a value
 
 
 def changes(names: tuple[str, str], runs: tuple[Path, Path]) -> list[dict[str, Any]]:
-    """A row for each key that differs, in the order of the first run's."""
+    """A row for each key that differs, in the order of the first run's. Not URLs: where a service ran changes no number, and one may hold a
+    password.
+    """
     one, other = (_flat(run_config(run).model_dump(mode="json")) for run in runs)
     rows = []
     for key in [*one, *(key for key in other if key not in one)]:
+        if key.rsplit(".")[-1] == "url":
+            continue
         a, b = (str(side.get(key, "-"))[:_LONGEST] for side in (one, other))
         if a != b:
             rows.append({"names": list(names), "key": key, "a": a, "b": b})

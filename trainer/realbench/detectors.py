@@ -58,13 +58,13 @@ def run(bench: Bench, real: Sequence[Path], generated: Sequence[Path], most: int
         kept: Kept = {}
         screen = Screen()
 
-        def also(told: Judged, panel: Panel | None, ledgers: Mapping[str, Ledger], away: ask.Away) -> None:
+        def also(told: Judged, panel: Panel | None, ledger: Ledger, away: ask.Away) -> None:
             for one in told.entries:
                 chosen = _chosen(told, one, most)
                 if panel is not None:
                     names = list(panel.infos)
                     with screen(f"{one.name}: altered pictures", len(chosen) * _ways() * len(names)) as tell:
-                        _ask(told, panel, one, chosen, ledgers[one.name], away, kept, tell)
+                        _ask(told, panel, one, chosen, ledger, away, kept, tell)
                 if bench.monitors is not None:
                     _monitors(found(bench.monitors), one, chosen, kept, screen)
 

@@ -69,7 +69,7 @@ def entry(name: str, folder: Path, prompts: Sequence[BenchPrompt], most: int | N
     missing = tuple(id_ for id_ in known if id_ not in files)
     others = [path for stem, path in files.items() if stem not in {prompt.id for prompt in prompts}]
     if others and extra:
-        pictures += [_own(name, path) for path in others]
+        pictures += [_own(name, path) for path in others[: None if most is None else max(0, most - len(pictures))]]
     elif others:
         notes.append(f"{len(others)} files are of no prompt, and are left out")
     return Entry(name, tuple(pictures), missing, tuple(notes))

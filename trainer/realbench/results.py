@@ -218,10 +218,10 @@ def _difference(a: str, b: str, measure: str, figure: Figure, paired: bool, high
 def counted(
     told: Judged, measure: Measure, name: str, resamples: Resamples, most: int = _AUC
 ) -> tuple[Floats, NDArray[np.float32]]:
-    """Values of one contestant, higher for more real, and how often each was drawn."""
+    """Values of one contestant, higher for more real (P(real) where they are probabilities), and how often each was drawn."""
     mine = list(told.values[measure.name][name].items())[:most]
     values = np.array([value for _, value in mine], dtype=np.float64)
-    return (values if measure.higher else -values), resamples.of([key for key, _ in mine])
+    return (values if measure.higher else 1 - values if measure.unit else -values), resamples.of([key for key, _ in mine])
 
 
 def _telling(told: Judged, resamples: Resamples) -> list[Table]:

@@ -57,7 +57,7 @@ def scores(stub: Stub, request: dict[str, Any]) -> dict[str, Any] | None:
     items = []
     for item in request["items"]:
         value = brightness(item["image"])
-        given = {"real": value, "level": 10 * value, "fit": len(item.get("prompt") or "") / 100}
+        given = {"real": value, "fake": 1 - value, "level": 10 * value, "fit": len(item.get("prompt") or "") / 100}
         said = {name: {"status": "ok", "value": given[name], "in_domain": value < 0.9} for name in request["rewards"]}
         items.append({"id": item["id"], "scores": said})
     used = {name: {"version": stub.version, "preprocessing": "none"} for name in request["rewards"]}
@@ -101,6 +101,7 @@ def serve(**options: Any) -> Iterator[Stub]:
         def do_GET(self) -> None:
             infos = [
                 {"name": "real", "range": [0, 1], "version": stub.version, "preprocessing": "none"},
+                {"name": "fake", "range": [0, 1], "higher_is_better": False, "version": stub.version, "preprocessing": "none"},
                 {"name": "level", "version": stub.version, "preprocessing": "none"},
                 {"name": "fit", "needs": ["prompt"], "version": stub.version, "preprocessing": "none"},
                 {"name": "pairs", "mode": "pairwise", "needs": ["references"], "version": stub.version, "preprocessing": "none"},

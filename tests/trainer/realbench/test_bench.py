@@ -51,6 +51,7 @@ def test_figures_come_out_and_nothing_is_asked_twice(world: Path, capsys: pytest
         assert asked == 3 * 40 * 3 + 3 * 40, "each picture once by each of three rewards, each pair once"
         assert run(world, folders, file) == 0 and len(service.asked) == asked
         assert run(world, folders[::-1], file, "--set", "arena.pairs=30") == 0 and len(service.asked) == asked, "another order"
+        assert run(world, [f"renamed={folders[1]}"], file) == 0 and len(service.asked) == asked, "another name"
         service.version = 2
         assert run(world, folders, file) == 0 and len(service.asked) == 2 * asked, "other weights are asked anew"
     found = results(world)
@@ -137,13 +138,29 @@ def test_a_killed_bench_leaves_half_a_line_and_goes_on(world: Path) -> None:
         file = bench(world / "b.yaml", service.url, **options(world))
         assert run(world, [str(world / "dark")], file) == 0
         count = len(service.asked)
-        ledger = world / "out" / "scores" / "dark.jsonl"
+        ledger = world / "out" / "scores.jsonl"
         lines = ledger.read_bytes().splitlines(keepends=True)
         ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
         assert run(world, [str(world / "dark")], file) == 0
         assert len(service.asked) == count + 1
         ledger.write_text('{"question": 3}\n')
         assert run(world, [str(world / "dark")], file) == 2
+
+
+def test_a_probability_of_fake_is_one_of_real_the_other_way_round(world: Path) -> None:
+    with stub.serve() as service:
+        more = {"detectors": {name: {"url": service.url} for name in ("real", "fake")}, "rewards": {}, "arena": None}
+        assert run(world, [str(world / "dark")], bench(world / "b.yaml", service.url, **options(world), **more)) == 0
+    found = results(world)
+    assert figure(found, "dark", "fake")["value"] == pytest.approx(1 - figure(found, "dark", "real")["value"], abs=1e-6)
+    for part in ("telling", "calibration"):
+        real, fake = (
+            {k: v for k, v in next(row for row in found[part] if row["measure"] == name).items() if k != "measure"}
+            for name in ("real", "fake")
+        )
+        assert fake == real or part == "calibration"
+        assert fake["value"] == pytest.approx(real["value"]) and fake["low"] == pytest.approx(real["low"])
+    assert all(0 <= b["p"] <= 1 for b in fake["bins"]) and found["agreement"][0]["value"] == pytest.approx(1)
 
 
 def test_bad_pictures_are_counted_and_left_out(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_unparsed_answers_are_counted_apart_and_never_scored(tmp_path: Path) -> 
     assert figures["dark"]["value"] == 0.0
     arena = found["arena"]
     assert arena["shown_first"] == 1.0 and arena["rates"][0]["value"] == 0.5, "always `Image 1` is no preference"
-    rows = [json.loads(line) for line in (out / "scores" / "dark.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert any(row["error"] == "unparsed" and row["value"] is None and row["text"] == "I cannot say." for row in rows)
 
 

@@ -81,7 +81,7 @@ def test_what_was_not_measured_is_not_said(tmp_path: Path, capsys: pytest.Captur
         assert "its weights changed in the middle" in said and "not measured" in rows["real"]["words"]
         assert judge(tmp_path, told, real, fake, "--altered", "5") == 0
     assert detectors(tmp_path)["real"]["words"].endswith("none of the alterations pays")
-    kept = [json.loads(line) for file in (tmp_path / "out" / "scores").iterdir() for line in file.read_text().splitlines()]
+    kept = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     counts = Counter(row["question"] for row in kept if ":" in row["sha"])
     assert len(counts) == 2 and min(counts.values()) <= 60 and max(counts.values()) == 2 * 5 * 20
 

@@ -229,3 +229,8 @@ def test_the_keys_in_which_two_runs_differ(tmp_path: Path) -> None:
         (tmp_path / name / "config.yaml").write_text(f"{text}\n{more}\n" + ("steps: 30\n" if name == "a" else ""))
     rows = changes(("a", "b"), (tmp_path / "a", tmp_path / "b"))
     assert {(r["key"], r["a"], r["b"]) for r in rows} == {("seed", "1", "2"), ("steps", "30", "41")}
+    config = tmp_path / "b" / "config.yaml"
+    config.write_text(config.read_text().replace("http://127.0.0.1:8000", "http://me:secret@elsewhere:8000"))
+    assert "secret" in config.read_text() and changes(("a", "b"), (tmp_path / "a", tmp_path / "b")) == rows, (
+        "URLs are no difference"
+    )
