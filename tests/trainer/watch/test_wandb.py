@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,25 +30,34 @@ def configured(**wandb: Any) -> RunConfig:
 
 
 def records(folder: Path) -> Iterator[Any]:
-    """What wandb's own file of an offline run holds: a LevelDB log (blocks of 32 KiB, records of 7 bytes and data) of protobufs."""
+    """What wandb's own files of finished offline runs hold; its process may write the end of one after `finish` has returned."""
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        deadline = time.monotonic() + 60
+        while not any(record.HasField("exit") for record in written(path)):
+            assert time.monotonic() < deadline, f"{path} has no end"
+            time.sleep(0.05)
+        yield from written(path)
+
+
+def written(path: Path) -> Iterator[Any]:
+    """Of a LevelDB log (blocks of 32 KiB, records of 7 bytes and data) of protobufs, those that are whole."""
     from wandb.proto import wandb_internal_pb2 as pb
 
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        data, at, held = path.read_bytes(), 7, b""
-        while at + 7 <= len(data):
-            left = 32768 - at % 32768
-            if left < 7:
-                at += left
-                continue
-            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-            held += data[at + 7 : at + 7 + size]
-            at += 7 + size
-            if kind in (1, 4):  # whole, or the last part
-                record = pb.Record()
-                record.ParseFromString(held)
-                yield record
-            if kind in (0, 1, 4):
-                held = b""
+    data, at, held = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        held += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4) and at <= len(data):  # whole, or the last part
+            record = pb.Record()
+            record.ParseFromString(held)
+            yield record
+        if kind in (0, 1, 4):
+            held = b""
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
