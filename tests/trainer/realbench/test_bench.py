@@ -13,6 +13,7 @@ from PIL import Image
 from tests.trainer.realbench import stub
 from tests.trainer.realbench.folders import IDS, bench, fill, prompts
 from trainer.__main__ import evaluate
+from trainer.realbench import draw
 
 
 def run(tmp_path: Path, folders: list[str], file: Path, *more: str) -> int:
@@ -109,6 +110,43 @@ def test_two_are_compared_in_every_figure(world: Path, capsys: pytest.CaptureFix
     assert lost["low"] < lost["value"] == 0 < lost["high"] < 0.2, "both lose every bout: still no certainty"
     rate = next(r for r in found["arena"]["rates"] if r["b"] == "mine")
     assert rate["n"] == 36 and rate["wins"] + rate["ties"] + rate["losses"] == 40, "pictures, of which some met two"
+
+
+class Plain:
+    """A painter whose pictures have one level."""
+
+    batch = 8
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+
+    def paint(self, texts: list[str], seeds: list[int]) -> list[np.ndarray]:
+        noise = [np.random.default_rng(seed).integers(0, 40, (20, 20, 3)) for seed in seeds]
+        return [(one + self.level).astype(np.uint8) for one in noise]
+
+    def close(self) -> None: ...
+
+
+def test_two_runs_paint_from_the_same_noise_and_what_differs_is_listed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = (Path(__file__).parents[3] / "trainer" / "recipes" / "world.yaml").read_text()
+    assert recipe.count("\nseed: 0") == 1
+    for name, seed in (("before", 1), ("after", 2)):
+        (world / name / "checkpoints" / "step_000010").mkdir(parents=True)
+        (world / name / "checkpoints" / "step_000010" / "meta.json").write_text(json.dumps({"step": 10, "of": name}))
+        (world / name / "config.yaml").write_text(recipe.replace("\nseed: 0", f"\nseed: {seed}"))
+    monkeypatch.setattr(draw, "open_painter", lambda one, *_: Plain(60 if one.run.name == "before" else 180))
+    with stub.serve() as service:
+        file = bench(world / "b.yaml", service.url, **options(world))
+        command = ["compare", str(world / "before"), str(world / "after"), "--bench", str(file), "--out", str(world / "out")]
+        assert evaluate(command) == 0
+        asked = len(service.asked)
+        assert evaluate(command) == 0 and len(service.asked) == asked
+    found = results(world)
+    assert found["changes"] == [{"names": ["before", "after"], "key": "seed", "a": "1", "b": "2"}]
+    row = next(d for d in found["differences"] if (d["a"], d["b"], d["measure"]) == ("before", "after", "real"))
+    assert row["paired"] and row["value"] == pytest.approx(120 / 255) and row["high"] - row["low"] < 1e-6, "the same noise"
+    page = (world / "out" / "report.html").read_text()
+    assert "What differs between the two" in page and "% of the time, 50 to 50 (50 % is no leaning)" in page
 
 
 def test_a_service_that_goes_away_half_way_is_resumed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
