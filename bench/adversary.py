@@ -1,7 +1,7 @@
 """Detectors that learn along against one that does not, on the small world: `make bench-adversary`, or `python -m bench adversary`.
 
 Three detectors, each alone and with alignment and KL: the frozen one, RealGen V2's refits, Adv-GRPO's head on patches. The policy is recipe
-`world`'s in all of them, schedules and references are those of recipes `realgen_v2_small` and `adv_grpo_dino_small`, services those of
+`world`'s in all of them, at a slower pace (PACE); schedules and references are those of recipes `realgen_v2_small` and `adv_grpo_dino_small`, services those of
 examples/serve/adversary.yaml. `transfer` gives the head bags alone as references while all classes are asked for. The judge is nobody's
 reward, nor is `frozen` where another detector is trained on.
 
@@ -10,7 +10,7 @@ stopped and is given again. It is trained from evaluation to evaluation; at each
 pictures from held-out photographs, which no refit has seen (looks.jsonl).
 
     python -m bench adversary --quick                         one seed, two steps, to see that everything works
-    python -m bench adversary                                 30 steps, seeds 0, 1, 2: hours
+    python -m bench adversary                                 20 steps, seeds 0, 1, 2: hours
     python -m bench adversary --only frozen/alone --steps 10
     python -m bench adversary --out runs/slow --fit detector.ema=0.9 --train adversary.detector.schedule.mean=-4
     python -m bench adversary --report                        only the tables and plots of what is there
@@ -44,6 +44,8 @@ LOOKED = 500  # pictures of each side that a detector has to tell apart
 WAYS = {"alone": "the detector alone", "held": "with alignment and KL"}
 # Beside what the recipe says: the service may be paused with everything else on a busy machine, and nobody else wants its lease.
 PATIENT = {"wait_s": 7200, "lease_s": 600}
+# Half of `world`'s pictures a step, and less than half of its rate: a detector that is refitted after each step follows.
+PACE = ["group.prompts=16", "optim.lr=5e-4", "optim.lr_steps=20"]
 QUICK = ["group.prompts=8", "group.size=6"]
 QUICK_REFITS = ("pictures=48", "rounds=2")
 
@@ -95,7 +97,7 @@ class Job:
         own += [] if held else ["kl.weight=0"]
         looks = [f"eval.samples={samples}", f"eval.grid={samples}", f"eval.every={every}", f"checkpoint_every={every}"]
         plan = [f"seed={self.seed}", "checkpoint_best=distance", f"name={self.arm}-{self.way}"]
-        return [*COMMON, *own, *looks, *plan]
+        return [*COMMON, *PACE, *own, *looks, *plan]
 
 
 def config_of(job: Job, folder: Path, admin: int, changes: Sequence[str]) -> dict[str, Any]:
@@ -257,9 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="run folders (default runs/adversary)")
     parser.add_argument("--only", default="", help=", ".join(ARMS) + ", or ARM/WAY (alone, held), with commas; default all")
-    parser.add_argument("--steps", type=int, default=30, help="of a run (default 30, of 384 pictures each)")
+    parser.add_argument("--steps", type=int, default=20, help="of a run (default 20, of 192 pictures each)")
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations (default 5)")
-    parser.add_argument("--samples", type=int, default=1000, help="pictures of an evaluation (default 1000)")
+    parser.add_argument("--samples", type=int, default=500, help="pictures of an evaluation (default 500)")
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2], help="default 0,1,2")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the trainer (default: all cores)")
     parser.add_argument("--fit", action="append", default=[], metavar="NAME.KEY=VALUE", help="of a service's `fit`; needs --out")

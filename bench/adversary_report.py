@@ -21,6 +21,7 @@ DOCUMENT, IMAGES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 RESULT = ROOT / "bench" / "results" / "adversary.json"
 COMPARED, TRANSFER = ("frozen", "realgen_v2", "adv_grpo"), "transfer"
 SHOWN_PICTURES = 20
+BY_STEP = ("seconds", "refit_seconds", "accuracy_before_refit")  # of a run
 Run = dict[str, Any]
 # (heading, key of an evaluation, digits)
 SHOWN = (
@@ -86,6 +87,15 @@ def read(out: Path) -> list[Run]:
             }
         )
     return runs
+
+
+def with_earlier(runs: Sequence[Run]) -> list[Run]:
+    """Runs, and those of RESULT whose folders are gone: a fresh checkout goes on from what earlier ones measured."""
+    earlier = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []
+    having = {run["folder"] for run in runs}
+    for run in earlier:  # JSON has no integers as keys
+        run |= {key: {int(step): value for step, value in run[key].items()} for key in BY_STEP}
+    return sorted([*runs, *(run for run in earlier if run["folder"] not in having)], key=lambda run: run["folder"])
 
 
 def pictures_of(folder: Path) -> int:
@@ -250,7 +260,7 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
         "## Detectors that learn along (`make bench-adversary`)",
         "",
         f"{datetime.now(UTC).date()}, {os.cpu_count()} cores{load}; {runs[0]['pictures']} pictures a step, evaluations of {samples}.",
-        "The small world, policy and settings of recipe `world`; refits as recipes `realgen_v2_small` and `adv_grpo_dino_small` and",
+        "The small world, policy and settings of recipe `world` at a slower pace (`PACE`); refits as recipes `realgen_v2_small` and `adv_grpo_dino_small` and",
         "`examples/serve/adversary.yaml` have them. Alone: the detector is all that is trained on, no KL. With alignment and KL: half the",
         "weight is alignment's, `kl.weight` 0.003. Mean over seeds, with the range. The judge is nobody's reward. Accuracy and AUC: how well",
         "the detector that was trained on, in the version that is served then, tells fresh pictures from photographs that no refit has seen.",
@@ -281,7 +291,7 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
     text += [
         "![curves](images/adversary.png)",
         "",
-        "Evaluation pictures of seed 0, the same prompts and noises in each row:",
+        "Evaluation pictures of one seed, the same prompts and noises in each row:",
         "",
         "![pictures](images/adversary-pictures.png)",
         "",
@@ -348,7 +358,10 @@ def show(runs: Sequence[Run], out: Path, path: Path, wanted: int) -> None:
     rows = [("photographs", known.load("test")[0][:SHOWN_PICTURES])]
     for way in WAYS:
         for group in grouped(runs, way, (*COMPARED, TRANSFER)).values():
-            run = min(group, key=lambda one: one["seed"])
+            having = [run for run in group if (out / run["folder"] / "grids").is_dir()]
+            if not having:
+                continue
+            run = min(having, key=lambda one: one["seed"])
             for step in (*([0] if len(rows) == 1 else []), max(e["step"] for e in run["evaluations"] if e["step"] <= wanted)):
                 grid = out / run["folder"] / "grids" / f"step_{step:05d}.png"
                 label = f"{ARMS[run['arm']].label}, {run['way']}, step {step}" if step else "before"
@@ -367,7 +380,7 @@ def show(runs: Sequence[Run], out: Path, path: Path, wanted: int) -> None:
 
 def write(out: Path, wanted: int, document: bool, say: Callable[[str], None] = print) -> None:
     """Tables and plots of what is in `out`; into the documentation unless it was but a look."""
-    runs = read(out)
+    runs = with_earlier(read(out)) if document else read(out)
     if not runs:
         say(f"nothing has been evaluated in {out} yet")
         return

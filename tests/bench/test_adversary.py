@@ -174,3 +174,23 @@ def test_the_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path.name for path in out.glob("*.png")} == {"adversary.png", "adversary-pictures.png"}
     runs = json.loads((out / "adversary.json").read_text())["runs"]
     assert len(runs) == len(ALL) + 1 and all(run["evaluations"][-1]["accuracy"] == 0.875 for run in runs)
+
+
+def test_runs_that_an_earlier_checkout_measured_are_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RESULT", "DOCUMENT", "IMAGES"):
+        monkeypatch.setattr(adversary_report, name, tmp_path / name)
+    (tmp_path / "DOCUMENT").write_text("# Benchmarks\n")
+    first, second = tmp_path / "first", tmp_path / "second"
+    made(first, "frozen", "alone", {0: 30.0, 2: 12.0, 4: 15.0})
+    made(first, "frozen", "alone", {0: 30.0, 2: 12.0, 4: 16.0}, seed=1)
+    adversary_report.write(first, 4, document=True, say=lambda text: None)
+    made(second, "frozen", "alone", {0: 30.0, 2: 12.0, 4: 20.0}, seed=1)
+    made(second, "adv_grpo", "alone", {0: 30.0, 2: 12.0, 4: 11.0})
+    adversary_report.write(second, 4, document=True, say=lambda text: None)
+    runs = {run["folder"]: run for run in json.loads((tmp_path / "RESULT").read_text())["runs"]}
+    assert {folder: run["evaluations"][-1]["distance"] for folder, run in runs.items()} == {
+        "adv_grpo/alone/seed0": 11.0,
+        "frozen/alone/seed0": 15.0,
+        "frozen/alone/seed1": 20.0,
+    }
+    assert "17.5" in (tmp_path / "DOCUMENT").read_text(), "the mean of both seeds"
