@@ -177,7 +177,8 @@ def _differences(told: Judged, resamples: Resamples) -> list[Table]:
             above = {name: {key: float(value > 0.5) for key, value in own.items()} for name, own in values.items()}
             parts.append((f"{measure.name}, share above 0.5", above))
         for label, known in parts:
-            alone = {name: resamples.mean([*own], np.array([*own.values()]), label != measure.name) for name, own in known.items()}
+            share = measure.group == "judge" or label != measure.name
+            alone = {name: resamples.mean([*own], np.array([*own.values()]), share) for name, own in known.items()}
             for a, b in combinations([one.name for one in told.entries], 2):
                 figure, paired = resamples.difference(known[b], known[a])  # type: ignore[arg-type]
                 figure = _wide(figure, alone[b], alone[a])

@@ -89,6 +89,8 @@ def test_unparsed_answers_are_counted_apart_and_never_scored(tmp_path: Path) -> 
         and figures["dark"]["missing"] == 0
     )
     assert figures["dark"]["value"] == 0.0
+    (less,) = [d for d in found["differences"] if d["measure"] == "writer"]
+    assert less["value"] == -1.0 < less["high"] < -0.7, "all against nothing is no certainty"
     arena = found["arena"]
     assert arena["shown_first"] == 1.0 and arena["rates"][0]["value"] == 0.5, "always `Image 1` is no preference"
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
