@@ -1,9 +1,9 @@
 """Detectors that learn along against one that does not, on the small world: `make bench-adversary`, or `python -m bench adversary`.
 
 Three detectors, each alone and with alignment and KL: the frozen one, RealGen V2's refits, Adv-GRPO's head on patches. The policy is recipe
-`world`'s in all of them, at a slower pace (PACE); schedules and references are those of recipes `realgen_v2_small` and `adv_grpo_dino_small`, services those of
-examples/serve/adversary.yaml. `transfer` gives the head bags alone as references while all classes are asked for. The judge is nobody's
-reward, nor is `frozen` where another detector is trained on.
+`world`'s in all of them, at a slower pace (PACE); schedules and references are those of recipes `realgen_v2_small` and
+`adv_grpo_dino_small`, services those of examples/serve/adversary.yaml. `transfer` gives the head bags alone as references while all classes
+are asked for. The judge is nobody's reward, nor is `frozen` where another detector is trained on.
 
 A run lies in OUT/ARM/WAY/seedN, with a service process and a fit folder of its own, so that both sides go on in step when the command was
 stopped and is given again. It is trained from evaluation to evaluation; at each the detector that is served then tells the evaluation's
