@@ -263,7 +263,7 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
         "The small world, policy and settings of recipe `world` at a slower pace (`PACE`); refits as recipes `realgen_v2_small`,",
         "`adv_grpo_dino_small` and `examples/serve/adversary.yaml` have them. Alone: the detector is all that is trained on, no KL. With",
         "alignment and KL: half the weight is alignment's, `kl.weight` 0.003. Mean over seeds, with the range. The judge is nobody's reward.",
-        "Accuracy and AUC: how well the detector that was trained on, in the version that is served then, tells fresh pictures from photographs",
+        "Accuracy and AUC: how well the detector that was trained on, in the version served then, tells fresh pictures from photographs",
         "that no refit has seen. Trained rewards of different versions do not compare.",
         "",
     ]
