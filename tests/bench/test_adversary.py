@@ -49,7 +49,7 @@ def made(
 @pytest.mark.parametrize(("arm", "way"), ALL)
 def test_arms_are_recipe_world_but_for_what_they_are_paid_for(arm: str, way: str, tmp_path: Path) -> None:
     job, told = Job(arm, way, 3, 7), ARMS[arm]
-    c, world = load("world", [*job.overrides(URL, ADMIN, 100, 5), "steps=7"]), load("world")
+    c, world = load("world", [*job.overrides(URL, ADMIN, 100, 5), "steps=7"]), load("world", adversary.PACE)
     same = ("policy", "sampling", "group", "loss", "optim", "ema", "prompts", "advantages")
     assert [getattr(c, key) for key in same] == [getattr(world, key) for key in same]
     assert (c.seed, c.steps, c.eval.samples, c.eval.grid, c.checkpoint_every, c.alarm.action) == (3, 7, 100, 100, 5, "warn")
@@ -63,6 +63,7 @@ def test_arms_are_recipe_world_but_for_what_they_are_paid_for(arm: str, way: str
         assert c.references is None and "admin" not in served and not any("fit" in one for one in served["rewards"].values())
     else:
         recipe = load(told.recipe)
+        assert (c.group, c.optim) == (recipe.group, recipe.optim), "the recipe goes at the same pace"
         assert c.adversary[told.reward].schedule == recipe.adversary[told.reward].schedule and c.references is not None
         assert c.references.classes == ([adversary.KIND] if told.kind else None)
         assert served["rewards"][told.reward]["fit"]["folder"] == str(tmp_path / "fitting")
