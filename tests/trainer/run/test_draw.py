@@ -1,7 +1,6 @@
 """Runs of verism-train that paint: as their evaluations do, with their rewriter, and as a LoRA of the model that they began with."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.trainer.language import tiny
-from tests.trainer.run.service import Service, recipe, serve
+from tests.trainer.run.service import Service, recipe
 from trainer import checkpoint, loop
 from trainer.config import validate
 from trainer.export import export_adapter
@@ -19,17 +18,6 @@ from trainer.realbench.prompts import BenchPrompt
 
 WORLD = Drawing(steps=4, guidance=1.0, height=28, width=28, batch=4, options={"max_sequence_length": 1})
 PROMPTS = [BenchPrompt(f"p-{i}", text) for i, text in enumerate(("a bag", "a coat", "a sneaker", "a dress"))]
-
-
-@pytest.fixture(autouse=True)
-def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
 
 
 def train(raw: dict[str, object], folder: Path) -> Path:
