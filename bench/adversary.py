@@ -2,8 +2,8 @@
 
 Three detectors, each alone and with alignment and KL: the frozen one, RealGen V2's refits, Adv-GRPO's head on patches. The policy is recipe
 `world`'s in all of them, at a slower pace (PACE); schedules and references are those of recipes `realgen_v2_small` and
-`adv_grpo_dino_small`, services those of examples/serve/adversary.yaml. `transfer` gives the head bags alone as references while all classes
-are asked for. The judge is nobody's reward, nor is `frozen` where another detector is trained on.
+`adv_grpo_dino_small`, services those of examples/serve/adversary.yaml. `transfer` asks for five classes of clothes and gives the head pullovers
+alone as references; `transfer_all` gives it all five. The judge is nobody's reward, nor is `frozen` where another detector is trained on.
 
 A run lies in OUT/ARM/WAY/seedN, with a service process and a fit folder of its own, so that both sides go on in step when the command was
 stopped and is given again. It is trained from evaluation to evaluation; at each the detector that is served then tells the evaluation's
@@ -39,13 +39,16 @@ from bench.two_policies import memory
 OUT = ROOT / "runs" / "adversary"
 SERVE, RECIPES = ROOT / "examples" / "serve" / "adversary.yaml", ROOT / "trainer" / "recipes"
 KEY = "VERISM_ADMIN_KEY"
-KIND = "bag"  # of `transfer`'s references
+KIND = "pullover"  # of `transfer`'s references
+# What `transfer` asks for: GRPO moves a policy among what it paints, and of these the untrained one paints a third as another of them.
+NEIGHBOURS = ("t-shirt", "pullover", "dress", "coat", "shirt")
 LOOKED = 500  # pictures of each side that a detector has to tell apart
 WAYS = {"alone": "the detector alone", "held": "with alignment and KL"}
 # Beside what the recipe says: the service may be paused with everything else on a busy machine, and nobody else wants its lease.
 PATIENT = {"wait_s": 7200, "lease_s": 600}
 # Half of `world`'s pictures a step, and less than half of its rate: a detector that is refitted after each step follows.
 PACE = ["group.prompts=16", "optim.lr=5e-4", "optim.lr_steps=20"]
+FASTER = ["optim.lr=1e-3"]  # `transfer`: what the head wants is far away
 QUICK = ["group.prompts=8", "group.size=6"]
 QUICK_REFITS = ("pictures=48", "rounds=2")
 
@@ -59,14 +62,17 @@ class Arm:
     part: str | None
     recipe: str | None = None
     ways: tuple[str, ...] = tuple(WAYS)
-    kind: str | None = None
+    classes: tuple[str, ...] = ()  # of its references, where NEIGHBOURS alone are asked for
 
 
 ARMS = {
     "frozen": Arm("frozen detector", "frozen", "logit"),
     "realgen_v2": Arm("RealGen V2 refits", "detector", "logit", "realgen_v2_small"),
     "adv_grpo": Arm("Adv-GRPO head", "dino_head", None, "adv_grpo_dino_small"),
-    "transfer": Arm(f"Adv-GRPO head, references {KIND}s", "dino_head", None, "adv_grpo_dino_small", ("alone",), KIND),
+    "transfer": Arm(f"Adv-GRPO head, references {KIND}s", "dino_head", None, "adv_grpo_dino_small", ("alone",), (KIND,)),
+    "transfer_all": Arm(
+        "Adv-GRPO head, references of five classes", "dino_head", None, "adv_grpo_dino_small", ("alone",), NEIGHBOURS
+    ),
 }
 
 
@@ -92,8 +98,9 @@ class Job:
         if arm.recipe is not None:
             raw = yaml.safe_load((RECIPES / f"{arm.recipe}.yaml").read_text())
             refits = {arm.reward: raw["adversary"][arm.reward] | PATIENT | {"admin": admin, "key_env": KEY}}
-            one = {} if arm.kind is None else {"classes": [arm.kind], "match": "none"}
-            own += [f"adversary={json.dumps(refits)}", f"references={json.dumps(raw['references'] | one)}"]
+            some = {"classes": list(arm.classes), "match": "none"} if arm.classes else {}
+            own += [f"adversary={json.dumps(refits)}", f"references={json.dumps(raw['references'] | some)}"]
+            own += FASTER if arm.classes else []
         own += [] if held else ["kl.weight=0"]
         looks = [f"eval.samples={samples}", f"eval.grid={samples}", f"eval.every={every}", f"checkpoint_every={every}"]
         plan = [f"seed={self.seed}", "checkpoint_best=distance", f"name={self.arm}-{self.way}"]
@@ -187,6 +194,18 @@ def looks(folder: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in told}
 
 
+def neighbours(folder: Path) -> Path:
+    """A file in `folder` with the training prompts of NEIGHBOURS."""
+    told = [
+        line
+        for line in (ROOT / "world" / "prompts" / "train.jsonl").read_text().splitlines()
+        if json.loads(line)["class_name"] in NEIGHBOURS
+    ]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(line + "\n" for line in told))
+    return path
+
+
 def targets(steps: int, every: int) -> list[int]:
     """Where a run is evaluated, but for step 0."""
     return [*range(every, steps, every), steps]
@@ -197,7 +216,8 @@ def train(job: Job, chosen: argparse.Namespace, out: Path) -> int:
     folder, arm = job.folder(out), ARMS[job.arm]
     folder.mkdir(parents=True, exist_ok=True)
     with served(job, folder, chosen.fit) as (url, admin):
-        told = [*job.overrides(url, admin, chosen.samples, chosen.every), *chosen.train]
+        asked = [f"prompts.train={neighbours(folder)}"] if arm.classes else []
+        told = [*job.overrides(url, admin, chosen.samples, chosen.every), *asked, *chosen.train]
         if chosen.quick:
             told += QUICK + ([f"adversary.{arm.reward}.{each}" for each in QUICK_REFITS] if arm.recipe is not None else [])
         for target in targets(job.steps, chosen.every):

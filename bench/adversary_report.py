@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bench.adversary import ARMS, KIND, ROOT, WAYS, looks, tiles
+from bench.adversary import ARMS, FASTER, KIND, NEIGHBOURS, ROOT, WAYS, looks, tiles
 from bench.algorithms import lines
 from bench.algorithms_report import PICTURES as USUAL
 from bench.algorithms_report import at, common_steps, photographs, put, spread
@@ -19,7 +19,7 @@ from bench.algorithms_report import at, common_steps, photographs, put, spread
 START, END = "<!-- adversary: written by make bench-adversary -->", "<!-- end of adversary -->"
 DOCUMENT, IMAGES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 RESULT = ROOT / "bench" / "results" / "adversary.json"
-COMPARED, TRANSFER = ("frozen", "realgen_v2", "adv_grpo"), "transfer"
+COMPARED, TRANSFER = ("frozen", "realgen_v2", "adv_grpo"), ("transfer", "transfer_all")
 SHOWN_PICTURES = 20
 BY_STEP = ("seconds", "refit_seconds", "accuracy_before_refit")  # of a run
 Run = dict[str, Any]
@@ -222,14 +222,14 @@ def ahead(step: int, groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def transfer(runs: Sequence[Run], wanted: int) -> list[str]:
-    """Markdown: the share of one class before and after, by the independent classifier, beside the head whose references have all classes."""
-    moved_to, all_classes = grouped(runs, "alone", (TRANSFER,)), grouped(runs, "alone", ("adv_grpo",))
-    steps = common_steps(moved_to.values(), wanted)
-    if not moved_to or not steps:
+    """Markdown: the share of one class before and after, by the independent classifier, beside the head whose references have all five."""
+    groups = grouped(runs, "alone", TRANSFER)
+    steps = common_steps(groups.values(), wanted) if groups else []
+    if not steps:
         return ["No evaluation yet."]
     heads = ["references", "seeds", "after", f"called {KIND}", "class hit", "distance", "accuracy", "version"]
     rows = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for name, group in {**moved_to, **all_classes}.items():
+    for name, group in groups.items():
         for step in (0, steps[-1]):
             told = [line for run in group if (line := at(run, step)) and "classes" in line]
             if not told:
@@ -240,7 +240,7 @@ def transfer(runs: Sequence[Run], wanted: int) -> list[str]:
                 for key, digits in (("class_hit", 2), ("distance", 1), ("accuracy", 2))
             ]
             seeds = ", ".join(str(run["seed"]) for run in group if at(run, step))
-            label = f"{KIND}s" if name == TRANSFER else "all classes"
+            label = f"{KIND}s" if name == "transfer" else "all five"
             rows.append(
                 "| "
                 + " | ".join(
@@ -297,7 +297,8 @@ def section(runs: Sequence[Run], wanted: int, real: Mapping[str, float]) -> str:
         "",
         f"### References of one class: {KIND}s",
         "",
-        f"All classes are asked for, the head's references are {KIND}s alone. Classes as the monitors' classifier sees them.",
+        f"Trained on prompts of five classes ({', '.join(NEIGHBOURS)}) at {FASTER[0]}, with {KIND}s alone as the head's references, or with",
+        "photographs of all five. Evaluated on all ten classes; classes as the monitors' classifier sees them.",
         "",
         *transfer(runs, wanted),
     ]
@@ -357,7 +358,7 @@ def show(runs: Sequence[Run], out: Path, path: Path, wanted: int) -> None:
 
     rows = [("photographs", known.load("test")[0][:SHOWN_PICTURES])]
     for way in WAYS:
-        for group in grouped(runs, way, (*COMPARED, TRANSFER)).values():
+        for group in grouped(runs, way, (*COMPARED, *TRANSFER)).values():
             having = [run for run in group if (out / run["folder"] / "grids").is_dir()]
             if not having:
                 continue

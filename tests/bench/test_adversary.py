@@ -41,7 +41,7 @@ def made(
             line |= {own + "refits": step, own + "kept_out": 1, own + "accuracy_before": 0.75, "seconds/refit": 2.0}
         told.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
-    seen = {"classes": {"bag": 0.25}, "accuracy": 0.875, "auc": 0.9, "version": 3, "reward": name}
+    seen = {"classes": {adversary.KIND: 0.25}, "accuracy": 0.875, "auc": 0.9, "version": 3, "reward": name}
     (folder / "looks.jsonl").write_text("".join(json.dumps({"step": step, **seen}) + "\n" for step in distances))
     return folder
 
@@ -49,7 +49,8 @@ def made(
 @pytest.mark.parametrize(("arm", "way"), ALL)
 def test_arms_are_recipe_world_but_for_what_they_are_paid_for(arm: str, way: str, tmp_path: Path) -> None:
     job, told = Job(arm, way, 3, 7), ARMS[arm]
-    c, world = load("world", [*job.overrides(URL, ADMIN, 100, 5), "steps=7"]), load("world", adversary.PACE)
+    c = load("world", [*job.overrides(URL, ADMIN, 100, 5), "steps=7"])
+    world = load("world", [*adversary.PACE, *(adversary.FASTER if told.classes else [])])
     same = ("policy", "sampling", "group", "loss", "optim", "ema", "prompts", "advantages")
     assert [getattr(c, key) for key in same] == [getattr(world, key) for key in same]
     assert (c.seed, c.steps, c.eval.samples, c.eval.grid, c.checkpoint_every, c.alarm.action) == (3, 7, 100, 100, 5, "warn")
@@ -63,10 +64,18 @@ def test_arms_are_recipe_world_but_for_what_they_are_paid_for(arm: str, way: str
         assert c.references is None and "admin" not in served and not any("fit" in one for one in served["rewards"].values())
     else:
         recipe = load(told.recipe)
-        assert (c.group, c.optim) == (recipe.group, recipe.optim), "the recipe goes at the same pace"
+        if not told.classes:
+            assert (c.group, c.optim) == (recipe.group, recipe.optim), "the recipe goes at the same pace"
         assert c.adversary[told.reward].schedule == recipe.adversary[told.reward].schedule and c.references is not None
-        assert c.references.classes == ([adversary.KIND] if told.kind else None)
+        assert c.references.classes == (list(told.classes) or None)
         assert served["rewards"][told.reward]["fit"]["folder"] == str(tmp_path / "fitting")
+
+
+def test_a_transfer_is_asked_for_among_neighbours(tmp_path: Path) -> None:
+    told = [json.loads(line) for line in adversary.neighbours(tmp_path).read_text().splitlines()]
+    assert {one["class_name"] for one in told} == set(adversary.NEIGHBOURS) and len(told) == 160
+    c = load("world", [f"prompts.train={adversary.neighbours(tmp_path)}"])
+    assert c.prompts.train == tmp_path / "prompts.jsonl"
 
 
 def test_settings_of_a_refit_can_be_changed(tmp_path: Path) -> None:
@@ -171,7 +180,7 @@ def test_the_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1, "a table has as many cells in each row"
     assert "| **RealGen V2 refits** | 0 | 4.0 |" in said and "12.0 (2) | 3 | 4+1 | 10 s |" in said
-    assert "| bags | 0 | 1536 | 0.25 |" in said and "1 of 3 seeds at step 4" in said
+    assert "| pullovers | 0 | 1536 | 0.25 |" in said and "1 of 3 seeds at step 4" in said
     assert {path.name for path in out.glob("*.png")} == {"adversary.png", "adversary-pictures.png"}
     runs = json.loads((out / "adversary.json").read_text())["runs"]
     assert len(runs) == len(ALL) + 1 and all(run["evaluations"][-1]["accuracy"] == 0.875 for run in runs)
