@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -20,13 +19,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.forks import ENVIRONMENT, Forks
 from tests.trainer.run.runs import numbers
 from tests.trainer.run.service import recipe, serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 KILLS = int(os.environ.get("VERISM_KILLS", "10"))
 FRESH = "VERISM_KILLS" in os.environ
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 Kill = Callable[[float], bool]  # seconds since the start -> whether now is the moment
 Start = Callable[[list[str], Path, Kill], int]
 
@@ -50,30 +49,8 @@ def watched(process: int, ended: Callable[[], int | None], kill: Kill) -> int:
 @contextmanager
 def forks(root: Path) -> Iterator[Start]:
     """Starts in a fork of a process that has loaded the libraries."""
-    command = [sys.executable, "-m", "tests.e2e.forks"]
-    environment = os.environ | ENVIRONMENT
-    with subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as server:
-        assert server.stdin is not None and server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
-        answers, waiting = server.stdout.fileno(), [b""]
-        os.set_blocking(answers, False)
-
-        def line() -> int | None:
-            with suppress(BlockingIOError):
-                waiting[0] += os.read(answers, 4096)
-            if b"\n" not in waiting[0]:
-                return None
-            text, _, waiting[0] = waiting[0].partition(b"\n")
-            return int(text)
-
-        def start(arguments: list[str], log: Path, kill: Kill) -> int:
-            server.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}).encode() + b"\n")
-            while (process := line()) is None:
-                time.sleep(0.001)
-            return watched(process, line, kill)
-
-        yield start
-        server.stdin.close()
+    with Forks(root) as server:
+        yield lambda arguments, log, kill: watched(server.start(arguments, log), server.ended, kill)
 
 
 @contextmanager

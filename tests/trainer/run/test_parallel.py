@@ -1,9 +1,11 @@
 """Two processes and one: the same groups, the same advantages, the same loss curve; over gloo, with a real service."""
 
 import os
+import signal
 import socket
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,50 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.forks import Forks
 from tests.trainer.run.service import Service, recipe
 from trainer import parallel
 from trainer.config import ConfigError, RunConfig
 from trainer.metrics import read
 from trainer.parallel import ALONE, World
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("parallel")]
 # What every rank's own clock and rounding may differ in.
 TIMES = ("seconds/", "pictures/")
 
 
-def train(root: Path, folder: Path, config: dict[str, Any], ranks: int, *more: str) -> subprocess.CompletedProcess[str]:
-    """`ranks` processes with the variables that torchrun sets."""
+@pytest.fixture(scope="module")
+def two(root: Path) -> Iterator[tuple[Forks, Forks]]:
+    """Processes that have loaded the libraries, one for each rank."""
+    with Forks(root) as first, Forks(root) as second:
+        yield first, second
+
+
+def train(two: tuple[Forks, Forks], folder: Path, config: dict[str, Any], ranks: int, *more: str) -> None:
+    """Run to its end by `ranks` processes with the variables that torchrun sets."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    own = ["-m", "trainer", str(folder / "recipe.yaml"), f"--run-dir={folder / 'run'}", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*command, *own] if ranks > 1 else [sys.executable, *own]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    arguments = [str(folder / "recipe.yaml"), f"--run-dir={folder / 'run'}", *more]
+    open_ = dict[int, tuple[Forks, int]]()
+    for rank in range(ranks):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        environment = {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in told.items()}} if ranks > 1 else {}
+        open_[rank] = (two[rank], two[rank].start(arguments, folder / f"{rank}.log", environment))
+    failed, end = list[str](), time.monotonic() + 200
+    while open_:
+        for rank, (fork, process) in list(open_.items()):
+            status = fork.ended()
+            if status is not None:
+                del open_[rank]
+                failed += [f"rank {rank} ended with {status}: {(folder / f'{rank}.log').read_text()[-3000:]}"] if status else []
+            elif failed or time.monotonic() > end:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    assert not failed, "\n".join(failed)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -60,12 +83,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", LOSSES)
-def test_two_ranks_learn_what_one_learns(root: Path, service: Service, tmp_path: Path, name: str) -> None:
+def test_two_ranks_learn_what_one_learns(two: tuple[Forks, Forks], service: Service, tmp_path: Path, name: str) -> None:
     config = recipe(service.url, group={"prompts": 4, "size": 4}, steps=3, **LOSSES[name])
     config["sampling"] = {**config["sampling"], "micro_batch": 4}  # type: ignore[dict-item]
     for ranks in (1, 2):
-        done = train(root, tmp_path / str(ranks), config, ranks)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        train(two, tmp_path / str(ranks), config, ranks)
     same(tmp_path / "1", tmp_path / "2")
     adapters(tmp_path / "1", tmp_path / "2")
 
@@ -80,20 +102,18 @@ def adapters(a: Path, b: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None], ids=["adapter", "all weights"])
 def test_weights_in_parts_learn_the_same_and_resume_as_a_whole(
-    root: Path, service: Service, tmp_path: Path, lora: dict[str, Any] | None
+    two: tuple[Forks, Forks], service: Service, tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
     config = recipe(service.url, group={"prompts": 2, "size": 4}, steps=2, optim={"lr": 1e-4})
     config["sampling"] = {**config["sampling"], "micro_batch": 4}  # type: ignore[dict-item]
     config["policy"] = {**config["policy"], "lora": lora}  # type: ignore[dict-item]
     parts = config | {"parallel": {"shard": True}}
     for name, ranks, own in (("whole", 1, config), ("parts", 2, parts)):
-        done = train(root, tmp_path / name, own, ranks)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        train(two, tmp_path / name, own, ranks)
     same(tmp_path / "whole", tmp_path / "parts")
     adapters(tmp_path / "whole", tmp_path / "parts")
     for name, ranks, own in (("whole", 2, parts), ("parts", 1, config)):  # each goes on as the other
-        done = train(root, tmp_path / name, own | {"steps": 3}, ranks, "--resume")
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        train(two, tmp_path / name, own | {"steps": 3}, ranks, "--resume")
     same(tmp_path / "whole", tmp_path / "parts")
 
 
