@@ -1,7 +1,6 @@
 """Two ranks, one detector: rank 0 refits it on the pictures of both, to the numbers of one rank. By torchrun, as users start them."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,7 @@ from tests.trainer.test_adversary import raw
 def train(root: Path, folder: Path, config: dict[str, Any], ranks: int) -> subprocess.CompletedProcess[str]:
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}", "-m"] if ranks > 1 else []
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *torchrun, "trainer", str(folder / "recipe.yaml"), f"--run-dir={folder / 'run'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200)

@@ -20,8 +20,6 @@ from trainer.config import ConfigError
 from trainer.realbench.chat import Chat, more_realistic, real_or_fake
 from trainer.realbench.config import Judge
 
-WORKERS = 2
-
 
 @pytest.mark.parametrize(
     ("text", "value"),
@@ -64,7 +62,7 @@ def say(images: list[np.ndarray]) -> str:
 
 
 def bench(path: Path, url: str, photographs: Path) -> Path:
-    judge = {"url": url, "model": "m", "workers": WORKERS, "tries": 1}
+    judge = {"url": url, "model": "m", "workers": 2, "tries": 1}
     told: dict[str, Any] = {"photographs": str(photographs), "judges": {"writer": judge}, "arena": {"judge": "writer", "pairs": 10}}
     path.write_text(json.dumps({**told, "features": None, "bootstrap": {"rounds": 100}}))
     return path
@@ -134,11 +132,13 @@ REAL = (200, "Real or Fake: real")
 def test_a_judge_that_answers_no_more_is_given_up_with_its_reason_and_asked_again(
     tmp_path: Path, status: int, body: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After 12 answers and from the first: nothing is settled but 400s among answers, of which some may have been under way."""
+    """After 12 answers and from the first: nothing is settled but one 400 among answers."""
     photos, out = fill(tmp_path / "photos", 0.8), tmp_path / "out"
     with endpoint(lambda level: REAL) as (url, judge):
         file = bench(tmp_path / "b.yaml", url, photos)
         told = json.loads(file.read_text()) | {"arena": None}
+        if status in (400, 201):  # answers under way would stand between refusals, and settle more than one
+            told["judges"]["writer"]["workers"] = 1
         file.write_text(json.dumps(told))
         command = ["realbench", "--bench", str(file), "--out", str(out)]
         for most in (0, 12):
@@ -151,7 +151,7 @@ def test_a_judge_that_answers_no_more_is_given_up_with_its_reason_and_asked_agai
         judge.answer = lambda level: REAL
         assert evaluate(command) == 0
     row = next(f for f in json.loads((out / "results.json").read_text())["figures"] if f["measure"] == "writer")
-    assert row["n"] + row["missing"] == 40 and row["missing"] <= (WORKERS if status in (400, 201) else 0)
+    assert (row["n"], row["missing"]) in ((40, 0), (39, 1)) and (row["missing"] == 0 or status in (400, 201))
 
 
 @pytest.mark.parametrize(("status", "again"), [(500, True), (400, False)])

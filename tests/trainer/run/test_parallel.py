@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from shared.vllm_server import free_port
 from tests.forks import Forks
 from tests.trainer.run.service import Service, recipe
 from trainer import parallel
@@ -38,9 +38,7 @@ def train(two: tuple[Forks, Forks], folder: Path, config: dict[str, Any], ranks:
     """Run to its end by `ranks` processes with the variables that torchrun sets."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = [str(folder / "recipe.yaml"), f"--run-dir={folder / 'run'}", *more]
     open_ = dict[int, tuple[Forks, int]]()
     for rank in range(ranks):
